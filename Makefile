@@ -1,0 +1,55 @@
+# Needs GNU make and Python >= 3.11; everything else goes into .venv. `make` lists the targets.
+PYTHON  ?= python3
+STORIES ?= ../shared/data/stories260k
+WORKERS ?= 2
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-slow check format clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
+
+# torch comes first and with its version: a bare `torch` would take the newest build, on Linux gigabytes of CUDA,
+# even where a CPU build of the pinned version is at hand.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "layerskip needs Python 3.11 or newer; choose one with: make PYTHON=python3.12 ..." >&2; exit 1; }
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## generate a story with early-exit drafts, next to plain decoding
+	@if [ -f "$(STORIES)/config.json" ]; then \
+	    set -ex; \
+	    $(BIN)/layerskip generate "Once upon a time" -m "$(STORIES)" --draft early-exit:3 --max-tokens 120 --compare; \
+	    $(BIN)/layerskip inspect -m "$(STORIES)"; \
+	else \
+	    echo "The demo checkpoint is not here: no config.json in '$(STORIES)'."; \
+	    echo "Name a Llama-family checkpoint folder of your own: make demo STORIES=path/to/checkpoint"; \
+	fi
+
+test: $(STAMP) ## run the tests, without the slow ones
+	$(BIN)/pytest -q -n $(WORKERS)
+
+test-slow: $(STAMP) ## run every test, the slow ones too
+	$(BIN)/pytest -q -n $(WORKERS) -m "slow or not slow"
+
+check: $(STAMP) ## formatting, lint, types, import rules; changes nothing
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy --strict src
+	$(BIN)/lint-imports --no-logo
+
+format: $(STAMP) ## rewrite the sources in the house format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove caches and builds; .venv stays
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

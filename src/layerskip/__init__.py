@@ -1,0 +1,59 @@
+"""LayerSkip: early-exit training and exact self-speculative decoding.
+
+The public face. Names load on first use (PEP 562), so that ``import layerskip`` loads neither torch nor
+transformers. What is not in ``__all__`` is not public.
+"""
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LLM",
+    "Assistant",
+    "CapacityError",
+    "CheckpointError",
+    "Completion",
+    "EarlyExit",
+    "LayerSkipError",
+    "Lookup",
+    "NumericalError",
+    "RequestError",
+    "Sampling",
+    "__version__",
+    "load",
+]
+
+if TYPE_CHECKING:
+    from layerskip.decode.drafters import Assistant, EarlyExit, Lookup
+    from layerskip.decode.sampling import Sampling
+    from layerskip.errors import CapacityError, CheckpointError, LayerSkipError, NumericalError, RequestError
+    from layerskip.llm import LLM, Completion, load
+else:
+    # In the else branch, so that a type checker still reports a name that does not exist.
+    _HOME = {
+        "LLM": "layerskip.llm",
+        "Completion": "layerskip.llm",
+        "load": "layerskip.llm",
+        "Sampling": "layerskip.decode.sampling",
+        "Assistant": "layerskip.decode.drafters",
+        "EarlyExit": "layerskip.decode.drafters",
+        "Lookup": "layerskip.decode.drafters",
+        "CapacityError": "layerskip.errors",
+        "CheckpointError": "layerskip.errors",
+        "LayerSkipError": "layerskip.errors",
+        "NumericalError": "layerskip.errors",
+        "RequestError": "layerskip.errors",
+    }
+
+    def __getattr__(name: str) -> object:
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        value = getattr(import_module(_HOME[name]), name)
+        globals()[name] = value  # found directly from now on
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -1,0 +1,154 @@
+"""`layerskip inspect`: what a checkpoint is, what a token costs, and how well each exit predicts a text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from layerskip.cli.flags import ModelFlags, ShowFlags
+from layerskip.cli.generate import dtype_name
+from layerskip.cli.prompts import File, read_text, text_argument
+from layerskip.cli.screen import Screen, write_json
+
+if TYPE_CHECKING:
+    from layerskip.decode.scoring import ExitScore
+    from layerskip.llm import LLM
+    from layerskip.model.decoder import Decoder
+    from layerskip.model.shape import Shape
+
+SENTENCE = "Once upon a time, there was a little girl who loved to play outside with her friends."
+
+
+def inspect(
+    text: Annotated[str | None, text_argument("TEXT")] = None,
+    *,
+    file: File = None,
+    model: ModelFlags,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object and nothing else.")] = False,
+    show: ShowFlags,
+) -> None:
+    """Show a checkpoint: its shape, its size, and how well each exit predicts a text.
+
+    Without a text the exits are scored on a short English sentence.
+    """
+    given = read_text(text, file, what="text")
+    llm = model.load()
+    scored = SENTENCE if given is None else given
+    costs, scores = Costs.of(llm.decoder), llm.score_exits(scored)
+    if json:
+        write_json(record(llm, costs, scores))
+        return
+    screen = Screen(no_color=show.no_color)
+    screen.table([("model", llm.name), *shape_rows(llm.decoder.shape), *costs.rows(dtype_name(llm))])
+    parts = llm.decoder.shape.parameters()
+    share: list[tuple[str, ...]] = [
+        (part, f"{count:,}", f"{count / parts['total']:.1%}") for part, count in parts.items()
+    ]
+    screen.table(share, columns=("part", "parameters", "share"))
+    layers = llm.decoder.shape.layers
+    screen.table(exit_rows(scores), columns=("exit", "nats/token", "perplexity", f"agrees with exit {layers}"))
+    screen.line(f"exits on {len(scores[0].logprobs) + 1} tokens: {_short(scored)!r}")
+    if layers > 1:
+        screen.line(f"decoding plainly at an exit below {layers} is lossy; drafting from one is exact")
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Bytes.
+
+    Args:
+        weights: all parameters, a tied head once.
+        read_per_token: what a step of plain decoding reads of them: layers, norms and head, one row of the embedding.
+        cache_per_position: keys and values of a position in every layer; a step reads those of all before it too.
+    """
+
+    weights: int
+    read_per_token: int
+    cache_per_position: int
+
+    @classmethod
+    def of(cls, decoder: Decoder) -> Costs:
+        """Counts them."""
+        row = decoder.shape.width * decoder.dtype.itemsize
+        weights = sum(parameter.nbytes for parameter in decoder.parameters())
+        embedding = 0 if decoder.shape.tied else decoder.embedding.weight.nbytes
+        return cls(weights, weights - embedding + row, decoder.shape.cache_bytes(1, 1, decoder.dtype.itemsize))
+
+    def rows(self, dtype: str) -> list[tuple[str, str]]:
+        """The same as a table."""
+        return [
+            ("weights", f"{size(self.weights)} as {dtype}"),
+            (
+                "read per token",
+                f"{size(self.read_per_token)} of weights, {size(self.cache_per_position)} per cached position",
+            ),
+        ]
+
+
+def shape_rows(shape: Shape) -> list[tuple[str, str]]:
+    """Sizes and switches as a table."""
+    windows = [window for window in shape.windows if window is not None]
+    rope = shape.rope.kind if shape.rope.factor == 1 else f"{shape.rope.kind}, factor {shape.rope.factor:g}"
+    return [
+        ("kind", shape.model_type),
+        ("layers", str(shape.layers)),
+        ("width", str(shape.width)),
+        ("heads", f"{shape.heads} of width {shape.head_width}, {shape.kv_heads} for keys and values"),
+        ("MLP", f"{shape.ffn_width} wide, {shape.activation}"),
+        ("vocabulary", f"{shape.vocab} tokens, head {'tied to' if shape.tied else 'apart from'} the embedding"),
+        ("rope", f"{rope}, theta {shape.rope.theta:g}"),
+        ("context", f"{shape.context} tokens"),
+        *([("sliding window", f"{max(windows)} tokens in {len(windows)} layers")] if windows else []),
+    ]
+
+
+def exit_rows(scores: Sequence[ExitScore]) -> list[tuple[str, ...]]:
+    """One row for each exit."""
+    return [
+        (str(s.exit), f"{s.loss:.4f}", f"{perplexity(s.loss):.2f}", f"{s.agreement(scores[-1]):.1%}") for s in scores
+    ]
+
+
+def record(llm: LLM, costs: Costs, scores: Sequence[ExitScore]) -> dict[str, Any]:
+    """All of it, for JSON."""
+    return {
+        "model": llm.name,
+        "dtype": dtype_name(llm),
+        "device": str(llm.decoder.device),
+        "shape": asdict(llm.decoder.shape),
+        "parameters": llm.decoder.shape.parameters(),
+        "bytes": asdict(costs),
+        "text_tokens": len(scores[0].logprobs) + 1,
+        "exits": [
+            {"exit": s.exit, "loss": s.loss, "perplexity": perplexity(s.loss), "agreement": s.agreement(scores[-1])}
+            for s in scores
+        ],
+    }
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that has no number."""
+    return math.exp(loss) if not loss > 700 else math.inf
+
+
+def size(count: int) -> str:
+    """Bytes in a unit that leaves few digits.
+
+    Example:
+        >>> size(1280), size(3 * 2**30)
+        ('1.25 KiB', '3.00 GiB')
+    """
+    value, unit = float(count), "bytes"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{count} bytes" if unit == "bytes" else f"{value:.2f} {unit}"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else text[:59] + "…"

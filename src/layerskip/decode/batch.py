@@ -1,0 +1,377 @@
+"""The loop over rows of one cache: join, round, leave. Everything else that decodes is a loop over this.
+
+Token ids in, token ids out: knows rows, drafts, laws and ends; knows no text and prints nothing. A row never depends
+on its neighbours: what is drawn depends on its own seed and position, and attention reads its own slots.
+
+Between rounds a row that knows n tokens has positions 0..n-2 in the cache, in every layer up to the target's depth. A
+round runs token n-1 and the draft behind it, keeps a + 1 tokens, and leaves the same state with n + a + 1. What it
+wrote beyond lies past every later query, so an exception or a closed stream in the middle of a draft leaves nothing
+to repair.
+
+Sizes: B rows, K drafted tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from layerskip.decode.draft import Draft, Drafter, Outcome, Rows
+from layerskip.decode.logprobs import TokenLogprob, rank
+from layerskip.decode.numerics import diagnose
+from layerskip.decode.pool import Pool, common_prefix
+from layerskip.decode.prefill import prefill, row_index
+from layerskip.decode.request import Request, Round, Seconds, cut
+from layerskip.decode.sampling import Law, Purpose, new_seed
+from layerskip.decode.tree import node_depths, tree_mask
+from layerskip.decode.verify import Uniforms, Verdict, verify_chain, verify_tree
+from layerskip.errors import LayerSkipError, RequestError
+from layerskip.model.decoder import Decoder
+
+_keys = count()
+
+
+@dataclass
+class _Row:
+    key: int
+    request: Request
+    ids: list[int]
+    row: int
+    seed: int
+    limit: int  # tokens it may know at most
+    prompt_logprobs: list[TokenLogprob] | None = None
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """The target at every node of a draft: its states (B, K + 1, D), raw logits and laws (B, K + 1, V)."""
+
+    hidden: Tensor
+    logits: Tensor
+    target: Tensor
+
+
+class Batch:
+    """Rows that decode side by side and come and go at round boundaries.
+
+    Args:
+        decoder: the target.
+        pool: rows of its cache.
+        drafter: what drafts; None decodes plainly.
+        exit: depth of the target; less than all layers is plain early exit, which is lossy.
+
+    Raises:
+        RequestError: an exit outside the model, or a drafter that cannot serve it.
+    """
+
+    def __init__(
+        self, decoder: Decoder, pool: Pool, *, drafter: Drafter | None = None, exit: int | None = None
+    ) -> None:
+        layers = decoder.shape.layers
+        self.exit = layers if exit is None else exit
+        if not 1 <= self.exit <= layers:
+            raise RequestError(f"exit {exit} is not inside this {layers}-layer model; use 1..{layers}")
+        if drafter is not None:
+            drafter.check(decoder, exit=self.exit)
+        self.decoder, self.pool, self.drafter = decoder, pool, drafter
+        self._rows: list[_Row] = []
+        self._law: Law | None = None
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the text has the law of the full model ("exact") rather than of an early exit ("lossy")."""
+        return self.exit == self.decoder.shape.layers
+
+    @torch.inference_mode()
+    def join(self, requests: Sequence[Request]) -> list[int]:
+        """Adds rows and runs their prompts, reusing the cache of prefixes that are held or shared.
+
+        Returns:
+            A key per request, unique in the process.
+
+        Raises:
+            RequestError: a prompt does not fit the context, or holds ids outside the vocabulary.
+            CapacityError: the cache does not fit in memory. Nothing has joined then.
+        """
+        if not requests:
+            return []
+        for request in requests:
+            self.check(request)
+        self.pool.make_room(rows=len(requests), slots=max(self._limit(r) for r in requests) + self._margin)
+        joined: list[_Row] = []
+        try:
+            while len(joined) < len(requests):
+                joined += self._join_wave(requests[len(joined) :])
+        except BaseException:
+            for row in joined:
+                self.pool.give_back(row.row)
+            raise
+        self._rows += joined
+        self._law = None
+        return [row.key for row in joined]
+
+    def prompt_logprobs(self, key: int) -> list[TokenLogprob] | None:
+        """Log-probabilities of a row's prompt tokens from the second on, where they were asked for."""
+        return self._find(key).prompt_logprobs
+
+    def leave(self, key: int) -> None:
+        """Takes a row out; its cache stays held for prompts that continue it."""
+        row = self._find(key)
+        self._rows.remove(row)
+        self.pool.hold(row.row, row.ids[:-1], depth=self.exit)
+        self.pool.give_back(row.row)
+        self._law = None
+
+    def close(self) -> None:
+        """Takes every row out."""
+        for row in list(self._rows):
+            self.leave(row.key)
+
+    @torch.inference_mode()
+    def round(self) -> list[Round]:
+        """Drafts and verifies once; every row gains between one and K + 1 tokens. Finished rows leave."""
+        if not self._rows:
+            return []
+        began = time.perf_counter()
+        rows = self._view()
+        room = [row.limit - len(row.ids) - 1 for row in self._rows]
+        draft = Draft(rows.last[:, :0])
+        if self.drafter is not None and max(room) > 0:
+            draft = self.drafter.propose(rows, min(max(room), self.drafter.tokens)).within(room)
+        drafted = time.perf_counter()
+        scored = self._score(rows, draft)
+        verdict = self._verify(rows, draft, scored.target)
+        rounds, outcome = self._settle(rows, draft, scored, verdict)
+        verified = time.perf_counter()
+        if self.drafter is not None and draft.tokens.shape[1]:
+            self.drafter.observe(rows, draft, outcome)
+        for row, done in zip(list(self._rows), rounds, strict=True):
+            if done.error is not None:
+                self._rows.remove(row)
+                self.pool.forget(row.row)
+                self._law = None
+            elif done.finish:
+                self.leave(row.key)
+        seconds = Seconds(drafted - began, verified - drafted, time.perf_counter() - verified)
+        return [replace(done, seconds=seconds) for done in rounds]
+
+    # -- joining
+
+    def check(self, request: Request) -> None:
+        """Raises RequestError where `request` cannot be served."""
+        shape = self.decoder.shape
+        if len(request.ids) >= shape.context:
+            raise RequestError(
+                f"the prompt has {len(request.ids)} tokens; this model's context holds {shape.context}, "
+                f"so use at most {shape.context - 1}"
+            )
+        for token in (*request.ids, *request.eos):
+            if not 0 <= token < shape.vocab:
+                raise RequestError(f"token {token} is outside the vocabulary; use 0..{shape.vocab - 1}")
+        Law([request.sampling], shape.vocab, ids=[request.ids])
+
+    @property
+    def _margin(self) -> int:
+        """Slots that a draft needs beyond the last token."""
+        return self.drafter.tokens if self.drafter is not None else 0
+
+    def _limit(self, request: Request) -> int:
+        """Tokens a row may know at most."""
+        return min(len(request.ids) + request.max_tokens, self.decoder.shape.context)
+
+    def _join_wave(self, requests: Sequence[Request]) -> list[_Row]:
+        """Joins leading requests until one shares a long prefix with a prompt that is still to be run."""
+        wave: list[_Row] = []
+        starts: list[int] = []
+        try:
+            for request in requests:
+                known = list(request.ids[:-1])
+                if self._better_to_wait(known, wave):
+                    break
+                limit = self._limit(request)
+                row, start = self.pool.claim(
+                    known, depth=self.exit, slots=limit + self._margin, reuse=not request.prompt_logprobs
+                )
+                seed = new_seed() if request.sampling.seed is None else request.sampling.seed
+                wave.append(_Row(next(_keys), request, list(request.ids), row, seed & (2**63 - 1), limit))
+                starts.append(start)
+            self._prefill(wave, starts)
+        except BaseException:
+            for joined in wave:
+                self.pool.give_back(joined.row)
+            raise
+        return wave
+
+    def _better_to_wait(self, known: Sequence[int], wave: Sequence[_Row]) -> bool:
+        """Whether a prompt about to be run would spare this one more than running both side by side does."""
+        coming = max((common_prefix(row.ids[:-1], known) for row in wave), default=0)
+        return coming >= 16 and coming > self.pool.shared(known, depth=self.exit)
+
+    def _prefill(self, wave: Sequence[_Row], starts: Sequence[int]) -> None:
+        for row in wave:
+            if row.request.prompt_logprobs:
+                row.prompt_logprobs = []
+
+        def each(indices: list[int], at: Tensor, hidden: Tensor) -> None:
+            for b, i in enumerate(indices):
+                row = wave[i]
+                if row.prompt_logprobs is None:
+                    continue
+                first = int(at[b, 0])
+                following = row.ids[first + 1 : first + 1 + at.shape[1]]
+                logits = self.decoder.logits(hidden[b, : len(following)])
+                row.prompt_logprobs += rank(logits, following, row.request.logprobs or 0)
+
+        known = [row.ids[:-1] for row in wave]
+        prefill(
+            self.decoder,
+            self.pool.cache,
+            rows=[row.row for row in wave],
+            ids=known,
+            starts=starts,
+            depth=self.exit,
+            each=each if any(row.request.prompt_logprobs for row in wave) else None,
+        )
+        for row, ids in zip(wave, known, strict=True):
+            self.pool.hold(row.row, ids, depth=self.exit)
+
+    # -- one round
+
+    def _view(self) -> Rows:
+        rows, device = self._rows, self.decoder.device
+        if self._law is None:
+            self._law = Law(
+                [row.request.sampling for row in rows],
+                self.decoder.shape.vocab,
+                ids=[row.ids for row in rows],
+                stops=[row.request.eos for row in rows],
+                floors=[len(row.request.ids) + row.request.min_tokens for row in rows],
+                device=device,
+            )
+        return Rows(
+            decoder=self.decoder,
+            cache=self.pool.cache,
+            exit=self.exit,
+            law=self._law,
+            keys=[row.key for row in rows],
+            ids=[row.ids for row in rows],
+            starts=[len(row.request.ids) for row in rows],
+            index=row_index([row.row for row in rows], device),
+            last=torch.tensor([[row.ids[-1]] for row in rows], device=device),
+            at=torch.tensor([[len(row.ids) - 1] for row in rows], device=device),
+            seeds=torch.tensor([row.seed for row in rows], device=device),
+        )
+
+    def _score(self, rows: Rows, draft: Draft) -> _Scored:
+        """Runs every node through the layers the draft has not run."""
+        nodes = draft.tokens.shape[1] + 1
+        steps = torch.arange(nodes, device=rows.at.device)
+        slots = rows.at + steps
+        at, mask = slots, None
+        ancestors = draft.ancestors()
+        if draft.parents is not None:
+            at = rows.at + node_depths(draft.parents)
+            mask = tree_mask(rows.at, ancestors, limit=rows.longest + nodes - 1)
+        hidden = draft.hidden
+        if hidden is None:
+            hidden = self.decoder.embed(torch.cat((rows.last, draft.tokens), 1))
+        hidden = self.decoder.run(
+            hidden,
+            at,
+            rows.cache,
+            draft.depth,
+            self.exit,
+            rows=rows.index,
+            slots=slots,
+            mask=mask,
+            limit=rows.longest + nodes - 1,
+        )
+        logits = self.decoder.logits(hidden)
+        return _Scored(hidden, logits, rows.law(logits, draft.tokens, ancestors))
+
+    def _verify(self, rows: Rows, draft: Draft, target: Tensor) -> Verdict:
+        drafted = draft.tokens.shape[1]
+        uniforms = Uniforms(
+            token=rows.uniform(Purpose.TOKEN, drafted + 1),
+            accept=rows.uniform(Purpose.ACCEPT, drafted),
+            residual=rows.uniform(Purpose.RESIDUAL, drafted),
+        )
+        if draft.parents is None:
+            return verify_chain(
+                target, draft.tokens, uniforms=uniforms, proposals=draft.proposals, lengths=draft.lengths
+            )
+        assert draft.proposals is None, "trees are verified by sample-and-match"
+        depth = int(node_depths(draft.parents).max())
+        verdict = verify_tree(target, draft.tokens, draft.parents, depth=depth, uniforms=uniforms)
+        self._keep_path(rows, verdict)
+        return verdict
+
+    def _keep_path(self, rows: Rows, verdict: Verdict) -> None:
+        """Moves the accepted nodes' keys and values to the slots of their positions."""
+        steps = torch.arange(verdict.path.shape[1], device=verdict.path.device)
+        target = rows.at + 1 + steps
+        source = torch.where(steps < verdict.accepted[:, None], rows.at + 1 + verdict.path, target)
+        self.pool.cache.gather(rows.index, source, target)
+
+    def _settle(self, rows: Rows, draft: Draft, scored: _Scored, verdict: Verdict) -> tuple[list[Round], Outcome]:
+        """Brings the verdict to the host (the round's one synchronisation) and extends the rows."""
+        tokens = draft.tokens.gather(1, verdict.path) if draft.tokens.shape[1] else draft.tokens
+        broken = scored.target.sum(-1).isnan()  # (B, K + 1): NaN logits, or a law with nothing left in it
+        host = torch.cat((verdict.accepted[:, None], verdict.token[:, None], broken.any(-1, keepdim=True)), 1)
+        state, paths, kept = host.tolist(), verdict.path.tolist(), tokens.tolist()
+        depths = (node_depths(draft.parents) - 1).tolist()[1:] if draft.parents is not None else None
+        rounds, outcome = [], Outcome(scored.target, scored.hidden, [], [], [])
+        for b, (row, drafted, length) in enumerate(zip(self._rows, draft.tokens.tolist(), draft.counts(), strict=True)):
+            accepted, token, bad = state[b]
+            nodes = [0, *(node + 1 for node in paths[b][:accepted])]
+            error = None
+            if bad and bool(broken[b, nodes].any()):
+                error = self._diagnose(row, scored.logits[b, nodes])
+            emitted, finish = cut([*kept[b][:accepted], token], row.request, len(row.ids), row.limit)
+            if error is not None:
+                emitted, finish = [], "error"
+            accepted = min(accepted, len(emitted))
+            logprobs = None
+            if row.request.logprobs is not None:
+                logprobs = rank(scored.logits[b, nodes[: len(emitted)]], emitted, row.request.logprobs)
+            row.ids += emitted
+            outcome.accepted.append(accepted)
+            outcome.path.append(paths[b][:accepted])
+            outcome.emitted.append(emitted)
+            where = list(range(length)) if depths is None else depths
+            rounds.append(
+                Round(
+                    row.key,
+                    emitted,
+                    accepted,
+                    drafted[:length],
+                    where,
+                    logprobs,
+                    finish,
+                    error,
+                    Seconds(0, 0, 0),
+                )
+            )
+        rows.law.extend(outcome.emitted)
+        return rounds, outcome
+
+    def _diagnose(self, row: _Row, logits: Tensor) -> LayerSkipError:
+        if not bool(logits.isnan().any() | (logits == torch.inf).any()):
+            return RequestError(
+                f"no token is allowed after {len(row.ids)} tokens: bans, biases or processors exclude them all"
+            )
+        return diagnose(self.decoder, row.ids, depth=self.exit)
+
+    def _find(self, key: int) -> _Row:
+        for row in self._rows:
+            if row.key == key:
+                return row
+        raise RequestError(f"row {key} is not in this batch; it finished or left")

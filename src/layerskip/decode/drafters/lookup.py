@@ -1,0 +1,108 @@
+"""Drafting by copying: what followed the last tokens when they occurred before, in the context or in a text the
+caller predicts.
+
+Copies cost no model pass. They are chosen, not drawn, so they are verified by sample-and-match and stay exact at any
+temperature (prompt lookup decoding, Saxena 2023; the caller's text is OpenAI's "predicted outputs").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from layerskip.decode.draft import Draft, Outcome, Rows
+from layerskip.errors import RequestError
+from layerskip.model.decoder import Decoder
+
+
+class NgramIndex:
+    """Where each n-gram of a growing text last ended.
+
+    Example:
+        >>> index = NgramIndex(2)
+        >>> index.extend([1, 2, 3, 1, 2])
+        >>> index.after([1, 2, 3, 1, 2], 2)
+        [3, 1]
+    """
+
+    def __init__(self, longest: int) -> None:
+        self.longest = longest
+        self.ends: dict[tuple[int, ...], int] = {}
+        self.known = 0
+
+    def extend(self, ids: Sequence[int]) -> None:
+        """Indexes what `ids` added since the last call: every n-gram that something follows."""
+        for end in range(max(self.known, 1), len(ids)):
+            for n in range(1, min(self.longest, end) + 1):
+                self.ends[tuple(ids[end - n : end])] = end
+        self.known = len(ids)
+
+    def after(self, ids: Sequence[int], count: int, *, source: Sequence[int] | None = None) -> list[int]:
+        """Up to `count` tokens that followed the longest known n-gram ending `ids`; [] where none occurred."""
+        text = ids if source is None else source
+        for n in range(min(self.longest, len(ids)), 0, -1):
+            end = self.ends.get(tuple(ids[-n:]))
+            if end is not None:
+                return list(text[end : end + count])
+        return []
+
+
+class Lookup:
+    """Copies from the context, or first from `predicted` where it fits. Exact.
+
+    Args:
+        tokens: K, the most tokens copied in a round.
+        ngram: the longest n-gram looked up; shorter ones are tried after it.
+        predicted: token ids the caller expects the answer to resemble; `LLM` also takes a text.
+
+    Raises:
+        RequestError: tokens or ngram below 1.
+    """
+
+    name = "lookup"
+
+    def __init__(self, *, tokens: int = 8, ngram: int = 3, predicted: str | Sequence[int] = ()) -> None:
+        if tokens < 1:
+            raise RequestError(f"drafting {tokens} tokens a round is not possible; use 1 or more, or no drafter")
+        if ngram < 1:
+            raise RequestError(f"looking up n-grams of {ngram} tokens is not possible; use 1 or more")
+        self.tokens, self.ngram, self.predicted = tokens, ngram, predicted
+        self._contexts: dict[int, NgramIndex] = {}
+        self._prediction = NgramIndex(ngram)
+
+    def check(self, decoder: Decoder, *, exit: int) -> None:
+        """Raises RequestError where the predicted text is not token ids of this model."""
+        if isinstance(self.predicted, str):
+            raise RequestError("the predicted text must be token ids here; pass Lookup(predicted=[...])")
+        for token in self.predicted:
+            if not 0 <= token < decoder.shape.vocab:
+                raise RequestError(
+                    f"predicted token {token} is outside the vocabulary; use 0..{decoder.shape.vocab - 1}"
+                )
+        self._prediction.extend(self.predicted)
+
+    def propose(self, rows: Rows, tokens: int) -> Draft:
+        """Copies for every row what it finds; rows that find less stop earlier."""
+        self._contexts = {key: self._contexts.get(key) or NgramIndex(self.ngram) for key in rows.keys}
+        found = [
+            self._copy(self._contexts[key], ids, start, min(tokens, self.tokens))
+            for key, ids, start in zip(rows.keys, rows.ids, rows.starts, strict=True)
+        ]
+        width = max(map(len, found))
+        padded = torch.tensor([f + [0] * (width - len(f)) for f in found], dtype=torch.long)
+        lengths = torch.tensor([len(f) for f in found])
+        return Draft(padded.to(rows.last.device), lengths=lengths.to(rows.last.device))
+
+    def observe(self, rows: Rows, draft: Draft, outcome: Outcome) -> None:
+        """Nothing to learn: the context itself is the memory."""
+
+    def _copy(self, context: NgramIndex, ids: Sequence[int], start: int, count: int) -> list[int]:
+        if self.predicted:
+            assert not isinstance(self.predicted, str)
+            if len(ids) == start:  # nothing generated yet: the prediction begins here
+                return list(self.predicted[:count])
+            if copy := self._prediction.after(ids[start:], count, source=self.predicted):
+                return copy
+        context.extend(ids)
+        return context.after(ids, count)

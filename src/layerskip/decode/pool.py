@@ -1,0 +1,115 @@
+"""Which rows of a cache are taken, and what the others still hold.
+
+Knows token ids and row numbers. A row that is given back keeps its keys and values until the row is needed, so that
+the next turn of a conversation, or a prompt that starts alike, does not run its prefix again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import count, takewhile
+
+from layerskip.errors import CapacityError
+from layerskip.model.cache import Cache
+
+
+@dataclass
+class Held:
+    """What a row of the cache holds: `ids` valid in layers 0..depth-1; `used` orders rows by last use."""
+
+    ids: list[int] = field(default_factory=list)
+    depth: int = 0
+    taken: bool = False
+    used: int = 0
+
+
+class Pool:
+    """Hands out rows of `cache`, growing it when all are taken."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+        self.rows = [Held() for _ in range(cache.rows)]
+        self._clock = count(1)
+
+    def shared(self, ids: Sequence[int], *, depth: int) -> int:
+        """How many leading tokens of `ids` some row already holds in `depth` layers."""
+        return self._best(ids, depth)[1]
+
+    def claim(self, ids: Sequence[int], *, depth: int, slots: int, reuse: bool = True) -> tuple[int, int]:
+        """Takes a row for `ids`, with as long a prefix of it as any row holds.
+
+        Args:
+            ids: the tokens to be cached.
+            depth: layers in which the prefix must be valid.
+            slots: positions the row must be able to hold.
+            reuse: False starts from an empty row.
+
+        Returns:
+            The row, and how many leading tokens of `ids` it holds already.
+
+        Raises:
+            CapacityError: a bigger cache does not fit in memory.
+        """
+        source, length = self._best(ids, depth) if reuse else (0, 0)
+        self.make_room(rows=1, slots=slots)
+        row = self._oldest() if self.rows[source].taken or not length else source
+        if length and row != source:
+            self.cache.copy_prefix(source, row, length=length)
+        self.rows[row] = Held(list(ids[:length]), depth, True, next(self._clock))
+        return row, length
+
+    def hold(self, row: int, ids: Sequence[int], *, depth: int) -> None:
+        """Notes what a taken row holds now."""
+        self.rows[row].ids, self.rows[row].depth = list(ids), depth
+
+    def give_back(self, row: int) -> None:
+        """Frees a row; what it holds stays until the row is needed."""
+        self.rows[row].taken = False
+        self.rows[row].used = next(self._clock)
+
+    def forget(self, row: int) -> None:
+        """Frees a row and wipes it."""
+        self.cache.clear(row)
+        self.rows[row] = Held()
+
+    def _best(self, ids: Sequence[int], depth: int) -> tuple[int, int]:
+        lengths = [common_prefix(held.ids, ids) if held.depth >= depth else 0 for held in self.rows]
+        # among equals an idle row needs no copy
+        best = max(
+            range(len(lengths)),
+            key=lambda r: (lengths[r], not self.rows[r].taken),
+        )
+        return best, lengths[best]
+
+    def make_room(self, *, rows: int, slots: int) -> None:
+        """Makes sure that `rows` rows are free to be claimed and that every row can hold `slots` positions.
+
+        Raises:
+            CapacityError: that does not fit in memory; nothing has changed then.
+        """
+        total = max(len(self.rows), sum(held.taken for held in self.rows) + rows)
+        if total <= self.cache.rows and slots <= self.cache.slots:
+            return
+        rounded = -(-slots // 64) * 64  # grow in steps, not by a token at a time
+        try:
+            self.cache.grow(rows=total, slots=rounded)
+        except CapacityError:
+            self.cache.grow(rows=total, slots=slots)
+        self.rows += [Held() for _ in range(self.cache.rows - len(self.rows))]
+
+    def _oldest(self) -> int:
+        idle = [r for r, held in enumerate(self.rows) if not held.taken]
+        return min(idle, key=lambda r: (self.rows[r].used, r))
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many leading tokens two sequences share.
+
+    Example:
+        >>> common_prefix([1, 2, 3], [1, 2, 4, 5])
+        2
+    """
+    if list(a) == list(b[: len(a)]):  # the usual case: one continues the other
+        return len(a)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))

@@ -1,0 +1,323 @@
+"""From logits to the target law, and draws from a law.
+
+Knows settings, prefixes and probabilities; knows no model. The target law is fixed here, once, for every position:
+what a drafter proposes never enters it. Sizes: B rows, T positions scored, K drafted tokens, V vocabulary.
+
+Randomness is by counter: the uniform number used for a row depends on (seed, position, purpose) and nothing else, so
+neighbours, draft lengths and timing do not change seeded text.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from layerskip.errors import RequestError
+
+Processor = Callable[[Tensor, Tensor], Tensor]
+"""(token ids so far (n,), logits (V,)) -> logits (V,). Must depend on its arguments only: it runs once per drafted
+prefix."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. The default is greedy.
+
+    Applied in transformers' order and meaning: logit bias, repetition, presence and frequency penalties, banned
+    tokens, your processors; then temperature, top-k, top-p, min-p. Penalties see the prompt, what was generated, and
+    the drafted prefix.
+
+    Args:
+        temperature: 0 is greedy (a one-hot law); otherwise logits are divided by it.
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: keep the smallest set of likeliest tokens whose probability reaches it, in (0, 1].
+        min_p: drop tokens less likely than this share of the likeliest one, in [0, 1].
+        repetition_penalty: > 1 makes tokens already present less likely (Keskar et al., 2019: positive logits are
+            divided, negative ones multiplied).
+        presence_penalty: subtracted once from the logit of a token already present.
+        frequency_penalty: subtracted from a token's logit for each time it is present.
+        logit_bias: token id -> what is added to its logit.
+        banned: token ids that are never produced.
+        seed: makes the text repeatable; None draws one.
+        processors: functions (ids so far, logits) -> logits, run for every drafted prefix.
+
+    Raises:
+        RequestError: a value out of its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    banned: Sequence[int] = ()
+    seed: int | None = None
+    processors: Sequence[Processor] = ()
+
+    def __post_init__(self) -> None:
+        def need(ok: bool, name: str, allowed: str) -> None:
+            if not ok:
+                raise RequestError(f"{name} {getattr(self, name)} is not allowed; use {allowed}")
+
+        need(0 <= self.temperature < math.inf, "temperature", "0 (greedy) or more")
+        need(self.top_k >= 0, "top_k", "0 (all tokens) or more")
+        need(0 < self.top_p <= 1, "top_p", "more than 0 and at most 1")
+        need(0 <= self.min_p <= 1, "min_p", "0 to 1")
+        need(0 < self.repetition_penalty < math.inf, "repetition_penalty", "more than 0 (1 is none)")
+        need(math.isfinite(self.presence_penalty), "presence_penalty", "a finite number (0 is none)")
+        need(math.isfinite(self.frequency_penalty), "frequency_penalty", "a finite number (0 is none)")
+        for token, bias in self.logit_bias.items():
+            if math.isnan(bias) or bias == math.inf:
+                raise RequestError(f"logit_bias {bias} of token {token} is not allowed; use a number below infinity")
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether the law depends on which tokens the prefix holds."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+class Law:
+    """The target laws of a batch's rows: what each next token is drawn from, given its prefix.
+
+    Holds the settings of B rows as tensors and, where penalties ask for it, the counts of tokens in each row.
+
+    Args:
+        samplings: one per row.
+        vocab: V.
+        ids: the tokens each row knows (prompt and generated).
+        stops: per row, end-of-sequence ids, banned while the prefix is shorter than `floors`.
+        floors: per row, the length below which `stops` are banned.
+        device: where logits will be.
+
+    Raises:
+        RequestError: a token id in a bias or ban is outside the vocabulary.
+    """
+
+    def __init__(
+        self,
+        samplings: Sequence[Sampling],
+        vocab: int,
+        *,
+        ids: Sequence[Sequence[int]],
+        stops: Sequence[Sequence[int]] | None = None,
+        floors: Sequence[int] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.samplings, self.vocab, self.device = list(samplings), vocab, torch.device(device)
+        self.ids = ids
+        self.stops = stops if stops is not None else [()] * len(self.samplings)
+        self.floors = floors if floors is not None else [0] * len(self.samplings)
+        self.greedy = all(s.temperature == 0 for s in self.samplings)
+        self._bias = self._static_bias()
+        self._counts = self._count() if any(s.counts_tokens for s in self.samplings) else None
+        self._processed = any(s.processors for s in self.samplings)
+        self._cuts = any(s.temperature and (s.top_k or s.top_p < 1 or s.min_p) for s in self.samplings)
+
+    def __call__(self, logits: Tensor, drafted: Tensor, ancestors: Tensor) -> Tensor:
+        """The laws at T prefixes of every row.
+
+        Args:
+            logits: (B, T, V) raw.
+            drafted: (B, K) tokens drafted beyond the ids each row knows.
+            ancestors: (T, K) or (B, T, K) bool: which drafted tokens belong to the prefix of each position.
+
+        Returns:
+            (B, T, V) probabilities, float32 (float64 for float64 logits).
+
+        Example:
+            >>> law = Law([Sampling(temperature=1.0, frequency_penalty=1000.0)], 3, ids=[[0]])
+            >>> drafted, ancestors = torch.tensor([[1]]), torch.tensor([[False], [True]])
+            >>> law(torch.zeros(1, 2, 3), drafted, ancestors)
+            tensor([[[0.0000, 0.5000, 0.5000],
+                     [0.0000, 0.0000, 1.0000]]])
+        """
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if ancestors.dim() == 2:
+            ancestors = ancestors.expand(logits.shape[0], -1, -1)
+        if self._bias is not None:
+            logits = logits + self._bias.to(logits.dtype)
+        if self._counts is not None:
+            logits = self._penalise(logits, self._counts, drafted, ancestors)
+        if any(len(ids) < floor for ids, floor in zip(self.ids, self.floors, strict=True)):
+            logits = self._ban_stops(logits, ancestors)
+        if self._processed:
+            logits = self._process(logits, drafted, ancestors)
+        if self.greedy:
+            return one_hot(logits)
+        return self._shape(logits)
+
+    def extend(self, emitted: Sequence[Sequence[int]]) -> None:
+        """Notes the tokens each row emitted (the caller extends `ids` itself)."""
+        if self._counts is not None:
+            for counts, tokens in zip(self._counts, emitted, strict=True):
+                for token in tokens:
+                    counts[token] += 1
+
+    def _column(self, name: str) -> Tensor:
+        """One setting of every row, (B, 1, 1)."""
+        values = [float(getattr(s, name)) for s in self.samplings]
+        return torch.tensor(values, device=self.device)[:, None, None]
+
+    def _static_bias(self) -> Tensor | None:
+        if not any(s.logit_bias or s.banned for s in self.samplings):
+            return None
+        bias = torch.zeros(len(self.samplings), 1, self.vocab, device=self.device)
+        for row, s in enumerate(self.samplings):
+            for token, value in [*s.logit_bias.items(), *((t, -math.inf) for t in s.banned)]:
+                if not 0 <= token < self.vocab:
+                    raise RequestError(f"token {token} is outside the vocabulary; use 0..{self.vocab - 1}")
+                bias[row, 0, token] += value
+        return bias
+
+    def _count(self) -> Tensor:
+        rows = [torch.tensor(ids, dtype=torch.long).bincount(minlength=self.vocab) for ids in self.ids]
+        return torch.stack(rows).to(self.device)
+
+    def _penalise(self, logits: Tensor, counts: Tensor, drafted: Tensor, ancestors: Tensor) -> Tensor:
+        seen = counts[:, None].expand(-1, logits.shape[1], -1).to(logits.dtype)
+        if drafted.shape[1]:
+            index = drafted[:, None].expand(-1, logits.shape[1], -1)  # (B, T, K)
+            seen = seen.scatter_add(2, index, ancestors.to(logits.dtype))
+        present = seen > 0
+        factor = self._column("repetition_penalty").to(logits.dtype)
+        penalised = torch.where(logits < 0, logits * factor, logits / factor)
+        logits = torch.where(present, penalised, logits)
+        return logits - self._column("presence_penalty") * present - self._column("frequency_penalty") * seen
+
+    def _ban_stops(self, logits: Tensor, ancestors: Tensor) -> Tensor:
+        logits = logits.clone()
+        for row, (ids, stops, floor) in enumerate(zip(self.ids, self.stops, self.floors, strict=True)):
+            short = len(ids) + ancestors[row].sum(-1) < floor  # (T,)
+            for token in stops:
+                logits[row, :, token] = torch.where(short, -torch.inf, logits[row, :, token])
+        return logits
+
+    def _process(self, logits: Tensor, drafted: Tensor, ancestors: Tensor) -> Tensor:
+        logits = logits.clone()
+        for row, s in enumerate(self.samplings):
+            known = torch.tensor(self.ids[row], dtype=torch.long, device=logits.device)
+            for t in range(logits.shape[1]) if s.processors else ():
+                prefix = torch.cat((known, drafted[row][ancestors[row, t]]))
+                for processor in s.processors:
+                    logits[row, t] = processor(prefix, logits[row, t])
+        return logits
+
+    def _shape(self, logits: Tensor) -> Tensor:
+        """Temperature, then top-k, top-p, min-p, each over what the one before it left."""
+        temperature = self._column("temperature").to(logits.dtype)
+        # shifted to a largest score of 0, so that a tiny temperature gives -inf and never inf - inf
+        scores = (logits - logits.amax(-1, keepdim=True)) / torch.where(temperature > 0, temperature, 1)
+        if self._cuts:
+            scores = self._cut(scores)
+        law = scores.softmax(-1)
+        if any(s.temperature < 1e-30 for s in self.samplings):  # far below float32's range it is 0 as well
+            law = torch.where(temperature > 0, law, one_hot(logits))
+        return law
+
+    def _cut(self, scores: Tensor) -> Tensor:
+        ordered, order = scores.sort(-1)
+        top_k = self._column("top_k").long()
+        rank = (self.vocab - torch.where(top_k > 0, top_k, self.vocab)).clamp(min=0)
+        least = ordered.gather(-1, rank.expand(-1, scores.shape[1], -1))
+        # ties with the k-th stay in, as in transformers
+        ordered = ordered.masked_fill(ordered < least, -torch.inf)
+        # the least likely tokens whose probabilities sum to at most 1 - top_p go; the likeliest always stays
+        drop = ordered.softmax(-1).cumsum(-1) <= 1 - self._column("top_p").to(scores.dtype)
+        drop[..., -1] = False
+        ordered = ordered.masked_fill(drop, -torch.inf)
+        law = ordered.softmax(-1)
+        ordered = ordered.masked_fill(law < self._column("min_p").to(scores.dtype) * law[..., -1:], -torch.inf)
+        return torch.empty_like(scores).scatter_(-1, order, ordered)
+
+
+def one_hot(logits: Tensor) -> Tensor:
+    """The law of temperature 0: all probability on the first of the largest logits, (..., V).
+
+    Where the largest logit is not finite there is no law: its place holds NaN, as at every other temperature.
+    """
+    largest, token = logits.max(-1, keepdim=True)
+    return torch.zeros_like(logits).scatter_(
+        -1, token, torch.where(largest.isfinite(), 1.0, torch.nan).to(logits.dtype)
+    )
+
+
+def draw(law: Tensor, uniform: Tensor) -> Tensor:
+    """Draws a token from each law by inverting its cumulative distribution.
+
+    Args:
+        law: (..., V) non-negative weights; they need not sum to one.
+        uniform: (...) numbers in [0, 1).
+
+    Returns:
+        (...) token ids; a token of weight zero is never drawn.
+
+    Example:
+        >>> draw(torch.tensor([0.0, 0.25, 0.0, 0.75]), torch.tensor(0.3))
+        tensor(3)
+    """
+    sums = law.cumsum(-1)
+    target = uniform[..., None].to(sums.dtype) * sums[..., -1:]
+    # rounding may lift the target to the total itself; the first slot that reaches the total has weight
+    last = (sums < sums[..., -1:]).sum(-1, keepdim=True)
+    return torch.minimum(torch.searchsorted(sums, target, right=True), last)[..., 0]
+
+
+class Purpose(IntEnum):
+    """What a uniform number decides; numbers of different purposes are independent."""
+
+    TOKEN = 0
+    DRAFT = 1
+    ACCEPT = 2
+    RESIDUAL = 3
+
+
+def uniform(seeds: Tensor, positions: Tensor, purpose: Purpose, *, offset: Tensor | int = 0) -> Tensor:
+    """Counter-based uniform numbers: a pure function of (seed, position, purpose, offset).
+
+    Args:
+        seeds: (B,) int64.
+        positions: (B, T) int64, the positions of the tokens decided.
+        purpose: what is decided.
+        offset: position within the draft, so that a position drafted again in a later round gets fresh numbers; 0 for
+            `Purpose.TOKEN`, whose numbers must not depend on the draft.
+
+    Returns:
+        (B, T) float32 in [0, 1), multiples of 2**-24.
+    """
+    counter = _mix(seeds[:, None] + _mix(positions * 4 + int(purpose)))
+    bits = _mix(counter + torch.as_tensor(offset, device=seeds.device) * 0x632BE59BD9B4E019)
+    return ((bits >> 40) & 0xFFFFFF).to(torch.float32) * 2.0**-24
+
+
+def new_seed() -> int:
+    """A fresh seed from the operating system, below 2**63."""
+    return secrets.randbits(63)
+
+
+def sample_seed(seed: int, index: int) -> int:
+    """The seed of the index-th sample of one request; index 0 keeps the request's own."""
+    if index == 0:
+        return seed & 0x7FFFFFFFFFFFFFFF
+    mixed = _mix(torch.tensor([seed & 0x7FFFFFFFFFFFFFFF]) + _mix(torch.tensor([index])))
+    return int(mixed) & 0x7FFFFFFFFFFFFFFF
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A bijection of int64 that scatters close inputs far apart (splitmix64's finaliser; Steele et al., 2014)."""
+    x = x + _signed(0x9E3779B97F4A7C15)
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * _signed(0x94D049BB133111EB)
+    return x ^ ((x >> 31) & (2**33 - 1))
+
+
+def _signed(x: int) -> int:
+    return x - 2**64 if x >= 2**63 else x

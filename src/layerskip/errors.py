@@ -1,0 +1,56 @@
+"""What a caller can catch.
+
+    LayerSkipError(Exception)
+    ├── CheckpointError   also a ValueError        a checkpoint folder that cannot be loaded
+    ├── RequestError      also a ValueError        an argument that cannot be served
+    ├── CapacityError     also a MemoryError       the cache does not fit in memory
+    └── NumericalError    also an ArithmeticError  the logits are NaN
+
+A message says what was given, what is allowed and what to do:
+``exit 40 is not inside this 32-layer model; use 1..32``. Longer hints go through ``add_note``.
+
+This file imports nothing of ours and nothing heavy, so every other module may use it.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class LayerSkipError(Exception):
+    """Every error this package raises on purpose."""
+
+
+class CheckpointError(LayerSkipError, ValueError):
+    """A checkpoint folder that cannot be loaded: a file, tensor or setting is missing or not supported."""
+
+
+class RequestError(LayerSkipError, ValueError):
+    """An argument that cannot be served: unknown, out of range, or at odds with another one."""
+
+
+class CapacityError(LayerSkipError, MemoryError):
+    """The cache that was asked for does not fit in memory."""
+
+
+class NumericalError(LayerSkipError, ArithmeticError):
+    """The logits are NaN, so there is no distribution to draw from."""
+
+
+def suggest(word: str, allowed: Iterable[str]) -> str:
+    """The tail of an error message: the allowed word nearest to a misspelt one.
+
+    Args:
+        word: what was given.
+        allowed: what could have been given.
+
+    Returns:
+        ``"; did you mean 'x'?"``, or ``""`` when nothing is near.
+
+    Example:
+        >>> suggest("temperatur", ["temperature", "top_k"])
+        "; did you mean 'temperature'?"
+        >>> suggest("seed", ["temperature", "top_k"])
+        ''
+    """
+    near = difflib.get_close_matches(word, list(allowed), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

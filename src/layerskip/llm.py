@@ -1,0 +1,573 @@
+"""Text in, text out: a checkpoint with its tokenizer.
+
+Knows prompts, text and the ends of generation; leaves layers to `model` and rounds to `decode`. Prints nothing.
+
+Threads: calls on one `LLM` from several threads, and streams read in turns, are safe. Rounds are serialised by a lock
+and each call has rows of its own, so every call gets the text it would get alone.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+
+from layerskip.decode.acceptance import Acceptance
+from layerskip.decode.batch import Batch
+from layerskip.decode.draft import Drafter
+from layerskip.decode.drafters import Assistant, EarlyExit, Lookup
+from layerskip.decode.logprobs import TokenLogprob
+from layerskip.decode.pool import Pool
+from layerskip.decode.request import Request, Round
+from layerskip.decode.sampling import Sampling, new_seed, sample_seed
+from layerskip.decode.scoring import ExitScore, score
+from layerskip.decode.text import TextStream
+from layerskip.decode.text import Tokenizer as TextTokenizer
+from layerskip.errors import CheckpointError, RequestError, suggest
+from layerskip.model import checkpoint
+from layerskip.model.decoder import Decoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Prompt = str | Sequence[int]
+"""A text, or the token ids of one."""
+
+Mode = Literal["exact", "lossy"]
+
+DRAFTERS = ("none", "early-exit", "lookup", "assistant")
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one completion gained in one round.
+
+    Args:
+        index: which completion, in the order of the prompts, the n samples of a prompt side by side.
+        text: text that became certain; may be empty while a character or a possible stop string is open.
+        accepted_text: the leading part of `text` that came with accepted drafted tokens; the rest is the model's own
+            token.
+        tokens: ids emitted.
+        accepted: how many of them were drafted.
+        drafted: ids drafted in this round, kept or not.
+        depths: the place of each drafted id within the draft, from 0.
+        logprobs: per token, where asked for.
+        finish_reason: None while it goes on; "stop" or "length" in the last chunk.
+        stop: the stop string that ended it.
+        seconds: seconds of the round spent in draft, verify and rest; its rows share them.
+    """
+
+    index: int
+    text: str
+    accepted_text: str
+    tokens: list[int]
+    accepted: int
+    drafted: list[int]
+    depths: list[int]
+    logprobs: list[TokenLogprob] | None
+    finish_reason: str | None
+    stop: str | None
+    seconds: tuple[float, float, float]
+
+
+@dataclass
+class Completion:
+    """What was generated for one prompt.
+
+    Args:
+        prompt: ids of the prompt.
+        text: the text; prompt text and this one read on without a seam.
+        tokens: ids generated, an ending end-of-sequence id included.
+        finish_reason: "stop" (end of sequence or stop string) or "length"; None for what was interrupted.
+        stop: the stop string that ended it.
+        logprobs: the model's own log-probabilities of the tokens, where asked for: raw, before temperature and
+            penalties.
+        prompt_logprobs: the same for the prompt from its second token on.
+        acceptance: counts and seconds of its rounds.
+        mode: "exact" where the text has the law of the full model, "lossy" for plain early exit.
+    """
+
+    prompt: list[int]
+    mode: Mode
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop: str | None = None
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
+    acceptance: Acceptance = field(default_factory=Acceptance)
+
+    def add(self, chunk: Chunk) -> None:
+        """Takes up what one round brought."""
+        self.text += chunk.text
+        self.tokens += chunk.tokens
+        self.finish_reason, self.stop = chunk.finish_reason, chunk.stop
+        if chunk.logprobs is not None:
+            self.logprobs = (self.logprobs or []) + chunk.logprobs
+        self.acceptance.add(
+            drafted=len(chunk.drafted),
+            accepted=chunk.accepted,
+            emitted=len(chunk.tokens),
+            drafted_depths=chunk.depths,
+        )
+        draft, verify, rest = chunk.seconds
+        self.acceptance.draft_seconds += draft
+        self.acceptance.verify_seconds += verify
+        self.acceptance.rest_seconds += rest
+
+
+class Stream(Iterator[Chunk]):
+    """Rounds of one call, as chunks. Iterate it; `completions` holds what has come so far.
+
+    Closing it, or an exception while it runs, leaves the model usable.
+    """
+
+    def __init__(self, chunks: Iterator[Chunk], completions: list[Completion]) -> None:
+        self.completions = completions
+        self._chunks = chunks
+
+    def __next__(self) -> Chunk:
+        return next(self._chunks)
+
+    def close(self) -> None:
+        """Ends generation now and frees its rows."""
+        self._chunks.close()  # type: ignore[attr-defined]  # always the generator of LLM.stream
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class LLM:
+    """A loaded checkpoint that generates and scores text.
+
+    Args:
+        decoder: its layers.
+        tokenizer: its tokenizer, as transformers loads it.
+        eos: ids that end a text.
+        name: what messages call it.
+        max_batch: rows that decode side by side; further prompts wait for a row to finish.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        eos: Sequence[int] = (),
+        name: str = "model",
+        max_batch: int = 16,
+    ) -> None:
+        if max_batch < 1:
+            raise RequestError(f"max_batch {max_batch} is not possible; use 1 or more")
+        self.decoder, self.tokenizer, self.eos, self.name = decoder, tokenizer, tuple(eos), name
+        self.max_batch = max_batch
+        self._pool: Pool | None = None
+        self._lock = threading.RLock()
+
+    def __repr__(self) -> str:
+        shape = self.decoder.shape
+        return f"LLM({self.name!r}, {shape.layers} layers, {self.decoder.dtype}, {self.decoder.device})"
+
+    # -- generation
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        draft: Drafter | str | None = None,
+        exit: int | None = None,
+        sampling: Sampling | None = None,
+        n: int = 1,
+        max_tokens: int = 256,
+        min_tokens: int = 0,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+        logprobs: int | None = None,
+        prompt_logprobs: bool = False,
+    ) -> Completion | list[Completion]:
+        """Generates to the end.
+
+        Args:
+            prompt: a text or its token ids, or a list of such.
+            draft: what drafts: `EarlyExit(3)`, `Lookup()`, `llm.assistant(path)`, or the same in words as on the
+                command line ("early-exit:3", "lookup", "assistant:PATH"). None decodes plainly. Changes speed only.
+            exit: stop after so many layers: plain early exit, lossy. None uses all layers.
+            sampling: how tokens are chosen; None is greedy.
+            n: samples per prompt.
+            max_tokens: tokens generated at most; the context may end it sooner.
+            min_tokens: neither end of sequence nor stop string before so many.
+            stop: strings that end the text; they are left out of it.
+            ignore_eos: go on after end of sequence.
+            logprobs: report log-probabilities, with so many alternatives (0 for none).
+            prompt_logprobs: report them for the prompt too.
+
+        Returns:
+            One completion for a single prompt with n=1, else a list in the order of the prompts, samples side by side.
+
+        Raises:
+            RequestError: an argument cannot be served.
+            CapacityError: the cache does not fit in memory.
+            NumericalError: the model's logits are not finite.
+        """
+        stream = self.stream(
+            prompt,
+            draft=draft,
+            exit=exit,
+            sampling=sampling,
+            n=n,
+            max_tokens=max_tokens,
+            min_tokens=min_tokens,
+            stop=stop,
+            ignore_eos=ignore_eos,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+        )
+        with stream:
+            for _ in stream:
+                pass
+        return stream.completions[0] if n == 1 and is_one(prompt) else stream.completions
+
+    def stream(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        draft: Drafter | str | None = None,
+        exit: int | None = None,
+        sampling: Sampling | None = None,
+        n: int = 1,
+        max_tokens: int = 256,
+        min_tokens: int = 0,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+        logprobs: int | None = None,
+        prompt_logprobs: bool = False,
+    ) -> Stream:
+        """Generates round by round; arguments and errors are those of `generate`, and bad ones are refused here, at
+        once.
+
+        Returns:
+            A `Stream` of chunks, one per row and round.
+        """
+        if n < 1:
+            raise RequestError(f"n {n} is not possible; use 1 or more samples")
+        sampling = sampling or Sampling()
+        requests = []
+        for ids in self.encode_all(prompt):
+            seed = new_seed() if sampling.seed is None else sampling.seed
+            for sample in range(n):
+                requests.append(
+                    Request(
+                        ids,
+                        max_tokens,
+                        min_tokens=min_tokens,
+                        eos=() if ignore_eos else self.eos,
+                        sampling=replace(sampling, seed=sample_seed(seed, sample)),
+                        logprobs=logprobs,
+                        prompt_logprobs=prompt_logprobs,
+                    )
+                )
+        stops = [stop] if isinstance(stop, str) else list(stop)
+        drafter = self.drafter(draft) if isinstance(draft, str) else self._with_ids(draft)
+        with self._lock:
+            if self._pool is None:
+                self._pool = Pool(self.decoder.cache(rows=1, slots=64))
+            batch = Batch(self.decoder, self._pool, drafter=drafter, exit=exit)
+            for request in requests:
+                batch.check(request)
+        mode: Mode = "exact" if batch.lossless else "lossy"
+        completions = [Completion(list(request.ids), mode) for request in requests]
+        decoding = cast(TextTokenizer, self.tokenizer)  # given one sequence, it returns one text
+        texts = [TextStream(decoding, prompt=request.ids, stops=stops, min_tokens=min_tokens) for request in requests]
+        return Stream(self._rounds(batch, requests, texts, completions), completions)
+
+    def _rounds(
+        self,
+        batch: Batch,
+        requests: Sequence[Request],
+        texts: Sequence[TextStream],
+        completions: list[Completion],
+    ) -> Iterator[Chunk]:
+        waiting = deque(range(len(requests)))
+        index: dict[int, int] = {}
+        try:
+            while waiting or len(batch):
+                with self._lock:
+                    joining = [waiting.popleft() for _ in range(min(len(waiting), self.max_batch - len(batch)))]
+                    for key, i in zip(batch.join([requests[i] for i in joining]), joining, strict=True):
+                        index[key] = i
+                        completions[i].prompt_logprobs = batch.prompt_logprobs(key)
+                    rounds = batch.round()
+                    chunks = [self._chunk(batch, done, index[done.key], texts[index[done.key]]) for done in rounds]
+                for chunk in chunks:
+                    completions[chunk.index].add(chunk)
+                yield from chunks
+        finally:
+            with self._lock:
+                batch.close()
+
+    def _chunk(self, batch: Batch, done: Round, index: int, text: TextStream) -> Chunk:
+        """Turns a round into text; a stop string found ends the row there."""
+        if done.error is not None:
+            raise done.error
+        visible = done.tokens[:-1] if done.finish == "stop" else done.tokens  # an end-of-sequence id is no text
+        first = text.push(visible[: done.accepted])
+        second = text.push(visible[done.accepted :])
+        kept, finish, stop = first.tokens + second.tokens, done.finish, second.stop
+        accepted_text, rest = first.text, second.text
+        if stop is not None:
+            finish = "stop"
+            if done.finish is None:
+                batch.leave(done.key)
+        elif done.finish:
+            last = text.flush()
+            kept, stop, rest = len(done.tokens), last.stop, rest + last.text
+            finish = "stop" if stop is not None else done.finish
+        tokens = done.tokens[:kept]
+        return Chunk(
+            index=index,
+            text=accepted_text + rest,
+            accepted_text=accepted_text,
+            tokens=tokens,
+            accepted=min(done.accepted, kept),
+            drafted=done.drafted,
+            depths=done.depths,
+            logprobs=done.logprobs[:kept] if done.logprobs is not None else None,
+            finish_reason=finish,
+            stop=stop,
+            seconds=(done.seconds.draft, done.seconds.verify, done.seconds.rest),
+        )
+
+    # -- prompts
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of one prompt, with the special tokens the tokenizer adds; an empty text is BOS alone.
+
+        Raises:
+            RequestError: an empty prompt for a tokenizer without BOS, or a text that is not valid Unicode.
+        """
+        if not isinstance(prompt, str):
+            ids = [int(token) for token in prompt]
+        else:
+            try:
+                prompt.encode()
+            except UnicodeEncodeError as error:
+                raise RequestError(
+                    f"the prompt is not valid text: {error.reason} at character {error.start}"
+                ) from error
+            ids = list(self.tokenizer(prompt)["input_ids"])
+            if not ids and self.tokenizer.bos_token_id is not None:
+                ids = [self.tokenizer.bos_token_id]
+        if not ids:
+            raise RequestError("the prompt is empty and this tokenizer has no BOS token to begin with; give some text")
+        return ids
+
+    def encode_all(self, prompt: Prompt | Sequence[Prompt]) -> list[list[int]]:
+        """Token ids of one prompt or of several. Raises RequestError where there is none, or one cannot be encoded."""
+        if is_one(prompt):
+            return [self.encode(prompt)]  # type: ignore[arg-type]  # is_one says so
+        if not prompt:
+            raise RequestError("no prompt given; give at least one")
+        return [self.encode(one) for one in prompt]  # type: ignore[arg-type]
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation ({"role": ..., "content": ...} each), ready for the assistant's turn.
+
+        Raises:
+            RequestError: the tokenizer has no chat template, or the template refuses the messages.
+        """
+        from jinja2 import TemplateError
+
+        if not self.tokenizer.chat_template:
+            raise RequestError(f"{self.name} has no chat template; generate from a plain prompt instead")
+        try:
+            ids: Any = self.tokenizer.apply_chat_template(
+                [dict(m) for m in messages], add_generation_prompt=True, return_dict=False
+            )
+        except TemplateError as error:
+            raise RequestError(f"the chat template of {self.name} refuses these messages: {error}") from error
+        return list(ids)
+
+    # -- scoring
+
+    def score(self, text: Prompt, *, exit: int | None = None) -> ExitScore:
+        """Log-likelihood of a text, token by token, at any exit.
+
+        Raises:
+            RequestError: an exit outside the model, or a text of fewer than two tokens or longer than the context.
+        """
+        exit = self.decoder.shape.layers if exit is None else exit
+        return self.score_exits(text, exits=[exit])[0]
+
+    def score_exits(self, text: Prompt, *, exits: Sequence[int] | None = None) -> list[ExitScore]:
+        """`score` at several exits (None is all of them) in one pass."""
+        ids = self.encode(text)
+        with self._lock:
+            return score(self.decoder, ids, exits=exits or range(1, self.decoder.shape.layers + 1))
+
+    # -- drafters
+
+    def drafter(self, words: str, *, tokens: int | None = None, confidence: float | None = None) -> Drafter | None:
+        """The drafter that words name: "none", "early-exit:E", "lookup" or "assistant:PATH".
+
+        Args:
+            words: as on the command line.
+            tokens: K, the most tokens drafted in a round; None is the drafter's own default.
+            confidence: stop a draft where the drafter is less sure than this (early-exit and assistant).
+
+        Raises:
+            RequestError: no such drafter, or a value out of range.
+            CheckpointError: the assistant cannot be loaded.
+        """
+        kind, colon, argument = words.partition(":")
+        if kind not in DRAFTERS:
+            raise RequestError(f"unknown drafter {kind!r}; use {', '.join(DRAFTERS)}{suggest(kind, DRAFTERS)}")
+        if colon and kind in ("none", "lookup"):
+            raise RequestError(f"{kind} takes nothing after it, not {argument!r}; write {kind}")
+        if kind == "none":
+            return None
+        count = 4 if tokens is None else tokens
+        if kind == "lookup":
+            if confidence is not None:
+                raise RequestError("lookup copies and has no confidence; leave it out")
+            return Lookup() if tokens is None else Lookup(tokens=tokens)
+        if kind == "assistant":
+            if not argument:
+                raise RequestError("assistant needs a checkpoint; write assistant:PATH")
+            return self.assistant(argument, tokens=count, confidence=confidence)
+        if not argument.isdecimal():
+            raise RequestError(f"early-exit needs a number of layers, not {argument!r}; write early-exit:3, say")
+        return EarlyExit(int(argument), tokens=count, confidence=confidence)
+
+    def assistant(self, path_or_id: str | Path, *, tokens: int = 4, confidence: float | None = None) -> Assistant:
+        """A drafter that runs a second checkpoint of the same tokenizer, in this model's precision and place.
+
+        Raises:
+            CheckpointError: it cannot be loaded.
+            RequestError: its tokenizer differs, or a value is out of range.
+        """
+        folder = checkpoint.find(path_or_id)
+        mine, theirs = self.tokenizer.get_vocab(), load_tokenizer(folder).get_vocab()
+        if mine != theirs:
+            differing = sum(theirs.get(token) != i for token, i in mine.items())
+            raise RequestError(
+                f"assistant {path_or_id} has another vocabulary: {differing} of {len(mine)} tokens differ from "
+                f"{self.name}'s; use a checkpoint with the same tokenizer"
+            )
+        decoder = checkpoint.load_decoder(folder, dtype=self.decoder.dtype, device=self.decoder.device)
+        return Assistant(decoder, tokens=tokens, confidence=confidence)
+
+    def _with_ids(self, draft: Drafter | None) -> Drafter | None:
+        if isinstance(draft, Lookup) and isinstance(draft.predicted, str):
+            ids = self.tokenizer(draft.predicted, add_special_tokens=False)["input_ids"]
+            return Lookup(tokens=draft.tokens, ngram=draft.ngram, predicted=ids)
+        return draft
+
+
+def load(
+    path_or_id: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    max_batch: int = 16,
+) -> LLM:
+    """Loads a Hugging Face checkpoint.
+
+    Args:
+        path_or_id: a folder, or a hub id.
+        dtype: element type to hold the weights in ("bfloat16" or `torch.bfloat16`); None is the checkpoint's own.
+        device: None is "cuda" where there is one, else "cpu".
+        revision: of a hub id.
+        token: for private and gated hub models.
+        max_batch: rows that decode side by side.
+
+    Raises:
+        CheckpointError: it cannot be loaded; names the file and what is wrong with it.
+        RequestError: unknown dtype or device.
+    """
+    kind, place = as_dtype(dtype), as_device(device)
+    folder = checkpoint.find(path_or_id, revision=revision, token=token)
+    decoder = checkpoint.load_decoder(folder, dtype=kind, device=place)
+    tokenizer = load_tokenizer(folder)
+    return LLM(
+        decoder,
+        tokenizer,
+        eos=end_tokens(folder, tokenizer, vocab=decoder.shape.vocab),
+        name=str(path_or_id),
+        max_batch=max_batch,
+    )
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint folder, as transformers loads it.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    files = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+    if not any((folder / name).is_file() for name in files):
+        raise CheckpointError(f"{folder} has no tokenizer; it needs one of {', '.join(files)}")
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"the tokenizer of {folder} cannot be loaded: {reason}") from error
+    return tokenizer
+
+
+def end_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase, *, vocab: int) -> list[int]:
+    """Every end-of-sequence id that generation_config.json or config.json names, else the tokenizer's."""
+    found: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            ids = checkpoint.read_json(folder / name).get("eos_token_id")
+            found += ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not found and tokenizer.eos_token_id is not None:
+        found = [int(tokenizer.eos_token_id)]
+    # configurations name ids that the vocabulary has not (padding of another release): they cannot come up
+    return sorted({int(token) for token in found if 0 <= int(token) < vocab})
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The element type a name means; None and "auto" are the checkpoint's own. Raises RequestError for others."""
+    if dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype):
+        return None if dtype == "auto" else dtype  # type: ignore[return-value]
+    if dtype not in DTYPES:
+        raise RequestError(f"unknown dtype {dtype!r}; use auto, {', '.join(DTYPES)}{suggest(dtype, DTYPES)}")
+    return DTYPES[dtype]
+
+
+def as_device(device: torch.device | str | None) -> torch.device:
+    """The device a name means; None and "auto" are a GPU where there is one. Raises RequestError for one that is not
+    there."""
+    if device is None or device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise RequestError(f"unknown device {device!r}; use auto, cpu or cuda") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise RequestError(f"device {device} is not here: torch sees no GPU; use cpu")
+    return place
+
+
+def is_one(prompt: Prompt | Sequence[Prompt]) -> bool:
+    """Whether this is one prompt (a text, or token ids) rather than a list of prompts."""
+    return isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int))

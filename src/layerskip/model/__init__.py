@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: shapes, decoder, cache, checkpoints. Knows nothing of drafting or of text."""

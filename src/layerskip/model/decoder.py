@@ -1,0 +1,205 @@
+"""A Llama-family decoder that runs any span of its layers.
+
+Tensors in, tensors out: knows layers, positions and the cache; knows nothing of drafting, sampling or text.
+Sizes: B rows, T new positions, S cache slots, D width, V vocabulary; N query heads, G key/value heads, H head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from layerskip.model.cache import Cache, RowIndex
+from layerskip.model.rope import cos_sin
+from layerskip.model.shape import Shape
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+class Layer(nn.Module):
+    """One pre-norm transformer layer: grouped-query attention with rotary positions, then a gated MLP."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        s = shape
+        self.shape, self.activation = s, ACTIVATIONS[s.activation]
+        self.attention_norm = nn.RMSNorm(s.width, s.eps)
+        self.query = nn.Linear(s.width, s.heads * s.head_width, bias=s.query_key_value_bias)
+        self.key = nn.Linear(s.width, s.kv_heads * s.head_width, bias=s.query_key_value_bias)
+        self.value = nn.Linear(s.width, s.kv_heads * s.head_width, bias=s.query_key_value_bias)
+        self.output = nn.Linear(s.heads * s.head_width, s.width, bias=s.output_bias)
+        self.query_norm = nn.RMSNorm(s.head_width, s.eps) if s.query_key_norm else None
+        self.key_norm = nn.RMSNorm(s.head_width, s.eps) if s.query_key_norm else None
+        self.mlp_norm = nn.RMSNorm(s.width, s.eps)
+        self.gate = nn.Linear(s.width, s.ffn_width, bias=s.mlp_bias)
+        self.up = nn.Linear(s.width, s.ffn_width, bias=s.mlp_bias)
+        self.down = nn.Linear(s.ffn_width, s.width, bias=s.mlp_bias)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        remember: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D); `remember` stores new keys and values (B, G, T, H) and returns all that is in use."""
+        x = self.attention_norm(hidden)
+        heads = (-1, self.shape.head_width)
+        query = self.query(x).unflatten(-1, heads)  # (B, T, N, H)
+        key = self.key(x).unflatten(-1, heads)
+        value = self.value(x).unflatten(-1, heads)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        query, key = rotate(query.transpose(1, 2), rotation), rotate(key.transpose(1, 2), rotation)
+        keys, values = remember(key, value.transpose(1, 2))
+        attended = F.scaled_dot_product_attention(
+            query, keys, values, attn_mask=mask, enable_gqa=self.shape.heads != self.shape.kv_heads
+        )
+        hidden = hidden + self.output(attended.transpose(1, 2).flatten(2))
+        x = self.mlp_norm(hidden)
+        out: Tensor = hidden + self.down(self.activation(self.gate(x)) * self.up(x))
+        return out
+
+
+class Table(nn.Embedding):
+    """An embedding left unfilled: a checkpoint fills it. (Drawing numbers on the meta device takes torch a second.)"""
+
+    def reset_parameters(self) -> None:
+        """Nothing to draw."""
+
+
+class Decoder(nn.Module):
+    """The model of a checkpoint: embedding, layers, the shared final norm and head.
+
+    Every depth predicts through the same norm and head; which layers run is an argument of `run`, never a change of the
+    model, so one decoder serves any number of exits, drafters and threads.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.embedding = Table(shape.vocab, shape.width)
+        self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.layers))
+        self.norm = nn.RMSNorm(shape.width, shape.eps)
+        self.head = nn.Linear(shape.width, shape.vocab, bias=False)
+        if shape.tied:
+            self.head.weight = self.embedding.weight
+        self._table: tuple[Tensor, Tensor] | None = None  # cos and sin of positions 0..n-1, (n, H)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type of the weights."""
+        return self.norm.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.norm.weight.device
+
+    def cache(self, *, rows: int, slots: int) -> Cache:
+        """An empty cache for this model. Raises CapacityError where it does not fit."""
+        return Cache(self.shape, rows=rows, slots=slots, dtype=self.dtype, device=self.device)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token ids (B, T) -> (B, T, D)."""
+        out: Tensor = self.embedding(tokens)
+        return out
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., D) at any depth -> (..., V), through the one shared norm and head."""
+        out: Tensor = self.head(self.norm(hidden))
+        return out
+
+    def run(
+        self,
+        hidden: Tensor,
+        at: Tensor,
+        cache: Cache,
+        first: int = 0,
+        last: int | None = None,
+        *,
+        rows: RowIndex | None = None,
+        slots: Tensor | None = None,
+        mask: Tensor | None = None,
+        limit: int | None = None,
+    ) -> Tensor:
+        """Carries hidden states through layers first..last-1, writing their keys and values as it goes.
+
+        Args:
+            hidden: (B, T, D), what layer `first` takes: embeddings for 0, else the states that an earlier span
+                returned.
+            at: (B, T) positions. Positions past the cache are padding: they are written to a spare slot that nobody
+                reads.
+            cache: the keys and values of these rows.
+            first: first layer of the span.
+            last: one past its last layer; None is all layers.
+            rows: the B rows of the cache; None is its first B.
+            slots: (B, T) slots to write; None is `at`. The nodes of a tree need slots apart from their positions.
+            mask: (B, T, limit) bool, the slots each new position sees, itself included; None is slots 0..at. Sliding
+                windows are applied on top.
+            limit: attention reads slots 0..limit-1; None is just past the largest slot written. Pass it where the
+                caller knows it: finding it waits for the device.
+
+        Returns:
+            (B, T, D), the state after layer last-1.
+        """
+        rows = slice(0, hidden.shape[0]) if rows is None else rows
+        at = at.clamp(max=cache.slots)
+        slots = at if slots is None else slots.clamp(max=cache.slots)
+        if mask is not None:
+            limit = mask.shape[-1]
+        elif limit is None:
+            limit = min(int(slots.max()) + 1, cache.slots)
+        if any(self.shape.windows):
+            cache.place(rows, slots, at)
+        rotation = self._rotation(at, cache.slots + 1)
+        masks = {w: self._mask(at, cache, rows, mask, limit, w) for w in set(self.shape.windows)}
+
+        for i in range(first, self.shape.layers if last is None else last):
+
+            def remember(key: Tensor, value: Tensor, i: int = i) -> tuple[Tensor, Tensor]:
+                cache.write(i, rows, slots, key, value)
+                return cache.read(i, rows, limit)
+
+            hidden = self.layers[i](hidden, rotation, masks[self.shape.windows[i]], remember)
+        return hidden
+
+    def _rotation(self, at: Tensor, positions: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (B, 1, T, H) of positions `at`, from a table that covers `positions` of them."""
+        if self._table is None or self._table[0].shape[0] < positions:
+            steps = torch.arange(positions, device=self.device)
+            cos, sin = cos_sin(self.shape.rope, self.shape.head_width, steps)
+            self._table = cos.to(self.dtype), sin.to(self.dtype)
+        cos, sin = self._table
+        return cos[at][:, None], sin[at][:, None]
+
+    def _mask(
+        self, at: Tensor, cache: Cache, rows: RowIndex, mask: Tensor | None, limit: int, window: int | None
+    ) -> Tensor | None:
+        """What is added to the attention scores, (B, 1, T, limit): 0 where seen, -inf elsewhere; None where all is
+        seen."""
+        if mask is None:
+            if at.numel() == 1 and at.device.type == "cpu" and window is None and int(at) == limit - 1:
+                return None
+            mask = torch.arange(limit, device=at.device) <= at[..., None]
+        if window is not None:
+            mask = mask & (cache.positions[rows, None, :limit] > at[..., None] - window)
+        return torch.zeros(mask.shape, dtype=self.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)[:, None]
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary position embedding (Su et al., 2021) of x (B, heads, T, H), halves paired as Llama checkpoints store
+    them."""
+    cos, sin = rotation
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat((-b, a), -1) * sin

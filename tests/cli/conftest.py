@@ -1,0 +1,92 @@
+"""A tiny checkpoint with a chat template, and the command line called in this process."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner, Result
+
+from layerskip.cli import app
+
+TEXT = [
+    "Once upon a time there was a little girl who loved to play outside with her red ball.",
+    "The quick brown fox jumps over the lazy dog, and the dog sleeps in the sun all day.",
+]
+TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+Copy = Callable[..., Path]
+Run = Callable[..., Result]
+
+
+def tokenizer(text: list[str], *, vocab: int = 320, **settings: Any) -> PreTrainedTokenizerFast:
+    built = Tokenizer(models.BPE())
+    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    built.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    built.train_from_iterator(text, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=built, **settings)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random 3-layer Llama with a byte-level tokenizer: BOS, EOS, a chat template, a context of 256."""
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=320,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
+    )
+    for name, parameter in model.named_parameters():  # large enough that layers disagree, and not about everything
+        if "norm" not in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    tokenizer(TEXT, bos_token="<s>", eos_token="</s>", chat_template=TEMPLATE).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(tiny_checkpoint: Path, tmp_path: Path) -> Copy:
+    """A copy of the tiny checkpoint, with settings of its config.json changed."""
+
+    def make(name: str = "copy", **config: Any) -> Path:
+        folder = tmp_path / name
+        shutil.copytree(tiny_checkpoint, folder)
+        settings = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**settings, **config}))
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Calls `layerskip` in this process; standard input is a pipe, as are the outputs."""
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+
+    def call(*arguments: object, input: str | bytes = b"") -> Result:
+        return CliRunner().invoke(app, [str(a) for a in arguments], input=input)
+
+    return call

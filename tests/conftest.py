@@ -1,0 +1,165 @@
+"""What every test stands on: one thread, no network, a checkpoint to read when it is there."""
+
+import copy
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+# Before anything imports torch. One thread in each process: the workers share the cores, and tiny models are
+# slower on more. Child processes inherit both.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+# A loaded machine must not fail a test for its time, and a failure must come back on the next run.
+settings.register_profile("layerskip", deadline=None, derandomize=True)
+settings.load_profile("layerskip")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def stories() -> Path:
+    """The folder of a real 260K-parameter Llama checkpoint; skips where it is not beside the project."""
+    folder = ROOT.parent / "shared" / "data" / "stories260k"
+    if not (folder / "config.json").is_file():
+        pytest.skip(f"needs the stories260k checkpoint, and there is no config.json in {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random 4-layer Llama whose exits often agree with its last layer, and a byte-level tokenizer.
+
+    Works without any data beside the project. The tokenizer has BOS, EOS and a chat template.
+    """
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(["the cat sat on the mat and the dog ran to the cat"] * 8, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    fast.save_pretrained(folder)
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(fast),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for layer in model.model.layers[1:]:
+            layer.self_attn.o_proj.weight *= 0.15
+            layer.mlp.down_proj.weight *= 0.15
+    model.save_pretrained(folder)
+    return folder
+
+
+# Small enough to run in a moment, odd enough to notice a wrong axis. What a text of 40 tokens must pass: the context
+# that yarn and llama3 stretch from (12), and the sliding windows.
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 96,
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+}
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 12, "rope_theta": 1e4}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 12,
+    "rope_theta": 1e4,
+}
+MIXED = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 4},
+    "llama-tied-biases": {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    "llama-linear": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
+    "llama-llama3": {"rope_parameters": LLAMA3},
+    "llama-yarn": {"rope_parameters": YARN},
+    "llama-dynamic": {"rope_parameters": {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 1e4}},
+    "mistral": {"sliding_window": 7},
+    "qwen2": {},
+    "qwen2-yarn": {"rope_parameters": YARN},
+    "qwen2-mixed": {"use_sliding_window": True, "sliding_window": 6, "layer_types": MIXED},
+    "qwen3": {"head_dim": 12},
+}
+
+
+@pytest.fixture(scope="session", params=ARCHITECTURES)
+def architecture(request: pytest.FixtureRequest) -> str:
+    """Every architecture by name, for `tiny` and what is built on it."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., Any]:
+    """A random transformers model: `tiny("mistral", double=True, agree=0.2, max_position_embeddings=48)`.
+
+    `agree` scales what layers 2 and above add, so that early exits predict more (towards 0) or less (towards 1) like
+    the whole model. Norms and biases are random too; logits are moderate. The same arguments give the same numbers.
+    """
+    import torch
+    import transformers
+
+    kinds = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+
+    def build(name: str, *, seed: int = 0, double: bool = False, agree: float = 1.0, **changes: Any) -> Any:
+        kind = kinds[name.partition("-")[0]]
+        config = getattr(transformers, f"{kind}Config")(**copy.deepcopy({**SIZES, **ARCHITECTURES[name], **changes}))
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed)
+            model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+            for parameter_name, parameter in model.named_parameters():
+                if parameter.dim() == 1:
+                    parameter.normal_(1.0 if "norm" in parameter_name else 0.0, 0.3)
+            for layer in model.model.layers[2:]:
+                for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                    for parameter in projection.parameters():
+                        parameter.mul_(agree)
+        model.requires_grad_(False)
+        return model.double() if double else model
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def decoder_of() -> Callable[[Any], Any]:
+    """Our decoder over the weights of a transformers model."""
+    from layerskip.model.names import decoder_from_tensors
+    from layerskip.model.shape import Shape
+
+    return lambda model: decoder_from_tensors(Shape.from_config(model.config.to_dict()), dict(model.state_dict()))
