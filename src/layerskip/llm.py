@@ -23,8 +23,9 @@ from layerskip.decode.draft import Drafter
 from layerskip.decode.drafters import Assistant, EarlyExit, Lookup
 from layerskip.decode.logprobs import TokenLogprob
 from layerskip.decode.pool import Pool
+from layerskip.decode.randomness import new_seed, sample_seed
 from layerskip.decode.request import Request, Round
-from layerskip.decode.sampling import Sampling, new_seed, sample_seed
+from layerskip.decode.sampling import Sampling
 from layerskip.decode.scoring import ExitScore, score
 from layerskip.decode.text import TextStream
 from layerskip.decode.text import Tokenizer as TextTokenizer

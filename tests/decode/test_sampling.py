@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers.generation import logits_process as theirs
 
 from layerskip.decode.draft import Draft
-from layerskip.decode.sampling import Law, Purpose, Sampling, draw, new_seed, one_hot, sample_seed, uniform
+from layerskip.decode.randomness import Purpose, new_seed, sample_seed, uniform
+from layerskip.decode.sampling import Law, Sampling, draw, one_hot
 from layerskip.errors import RequestError
 
 V = 40

@@ -166,7 +166,7 @@ def _seeded(sampling: Sampling) -> Sampling:
     """A seed of its own where text is drawn, so that it can be told and the text repeated; short, as it is typed."""
     if sampling.temperature == 0 or sampling.seed is not None:
         return sampling
-    from layerskip.decode.sampling import new_seed
+    from layerskip.decode.randomness import new_seed
 
     return replace(sampling, seed=new_seed() >> 31)
 

@@ -26,8 +26,9 @@ from layerskip.decode.logprobs import TokenLogprob, rank
 from layerskip.decode.numerics import diagnose
 from layerskip.decode.pool import Pool, common_prefix
 from layerskip.decode.prefill import prefill, row_index
+from layerskip.decode.randomness import Purpose, new_seed
 from layerskip.decode.request import Request, Round, Seconds, cut
-from layerskip.decode.sampling import Law, Purpose, new_seed
+from layerskip.decode.sampling import Law
 from layerskip.decode.tree import node_depths, tree_mask
 from layerskip.decode.verify import Uniforms, Verdict, verify_chain, verify_tree
 from layerskip.errors import LayerSkipError, RequestError

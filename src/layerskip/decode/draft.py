@@ -13,7 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from layerskip.decode.sampling import Law, Purpose, uniform
+from layerskip.decode.randomness import Purpose, uniform
+from layerskip.decode.sampling import Law
 from layerskip.decode.tree import ancestors
 from layerskip.model.cache import Cache, RowIndex
 from layerskip.model.decoder import Decoder

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from layerskip.decode.controller import Controller
 from layerskip.decode.draft import Rows
-from layerskip.decode.sampling import Purpose, draw
+from layerskip.decode.randomness import Purpose
+from layerskip.decode.sampling import draw
 
 
 @dataclass(frozen=True)
