@@ -370,3 +370,28 @@ def test_a_text_with_every_token_banned_is_an_error_that_says_so(llm: LLM) -> No
     everything = Sampling(banned=range(llm.decoder.shape.vocab))
     with pytest.raises(RequestError, match="no token is allowed after"):
         llm.generate("the cat", sampling=everything, max_tokens=5)
+
+
+def test_a_processor_with_nothing_to_say_after_the_end_does_not_spoil_the_end(llm: LLM) -> None:
+    """A grammar allows nothing after the end of sequence, and a draft may run past it."""
+    free = one(llm.generate("the cat", max_tokens=12)).tokens
+    start = len(llm.encode("the cat"))
+
+    def grammar(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        done = ids[start:].tolist()
+        wanted = [*free[:6], llm.eos[0]]
+        mask = torch.full_like(logits, -torch.inf)
+        if len(done) < len(wanted):
+            mask[wanted[len(done)]] = 0.0
+        return logits + mask
+
+    told = one(
+        llm.generate(
+            "the cat",
+            max_tokens=12,
+            sampling=Sampling(processors=[grammar]),
+            draft=Lookup(tokens=9, predicted=[*free[:6], llm.eos[0], *free[6:]]),
+        )
+    )
+    assert (told.tokens, told.finish_reason) == ([*free[:6], llm.eos[0]], "stop")
+    assert told.acceptance.accepted == 7

@@ -199,16 +199,23 @@ def test_each_node_of_a_tree_equals_its_path_as_a_chain(case: Case, rows: Tensor
 
 
 def test_positions_past_the_cache_harm_nobody(case: Case) -> None:
+    """Padding goes to a slot that nobody reads, also beside tokens that take the last slots there are."""
     cache = case.cache(rows=2, slots=12)
     texts = torch.stack((case.ids[:12], case.ids[20:32]))
-    case.decoder.run(case.decoder.embed(texts[:, :8]), torch.arange(8).repeat(2, 1), cache)
-    at = torch.tensor([[8, 9, 10, 11], [8, 12, 13, 500]])  # the second row has one token and three of padding
-    tokens = torch.cat((texts[:1, 8:], texts[1:, [8, 3, 3, 3]]))
+    second, _ = reference(case.model, texts[1], stepwise=case.decoder.shape.rope.kind == "dynamic")
+    case.decoder.run(case.decoder.embed(texts[:, :7]), torch.arange(7).repeat(2, 1), cache)
+    at = torch.tensor([[7, 8, 9, 10], [7, 12, 13, 500]])  # the second row has one token and three of padding
+    tokens = torch.cat((texts[:1, 7:11], texts[1:, [7, 3, 3, 3]]))
     first = case.decoder.logits(case.decoder.run(case.decoder.embed(tokens), at, cache))
-    case.close(first[0], case.logits[8:12])
-    case.close(first[1, 0], reference(case.model, texts[1, :9])[0][-1])
-    hidden = case.decoder.run(case.decoder.embed(texts[1:, 9:]), torch.arange(9, 12)[None], cache, rows=slice(1, 2))
-    case.close(case.decoder.logits(hidden[0]), reference(case.model, texts[1])[0][9:])
+    case.close(first[0], case.logits[7:11])
+    case.close(first[1, 0], second[7])
+    at = torch.tensor([[11, 12, 12, 13, 14], [8, 9, 10, 11, 12]])
+    tokens = torch.cat((texts[:1, [11, 3, 3, 3, 3]], texts[1:, [8, 9, 10, 11, 3]]))
+    last = case.decoder.logits(case.decoder.run(case.decoder.embed(tokens), at, cache))
+    case.close(last[0, 0], case.logits[11])
+    case.close(last[1, :4], second[8:])
+    again = case.run(case.ids[11:12], 11, cache, rows=slice(0, 1))
+    case.close(case.decoder.logits(again), case.logits[11:12])
 
 
 def test_a_row_that_held_nan_is_usable_after_clear(case: Case) -> None:

@@ -333,17 +333,20 @@ class Batch:
         for b, (row, drafted, length) in enumerate(zip(self._rows, draft.tokens.tolist(), draft.counts(), strict=True)):
             accepted, token, bad = state[b]
             nodes = [0, *(node + 1 for node in paths[b][:accepted])]
+            # tokens drawn before the first broken law are good; a row is in error when it begins with one
+            laws = broken[b, nodes].tolist() if bad else []
+            whole = laws.index(True) if True in laws else len(nodes)
+            emitted, finish = cut([*kept[b][:accepted], token][:whole], row.request, len(row.ids), row.limit)
             error = None
-            if bad and bool(broken[b, nodes].any()):
-                error = self._diagnose(row, scored.logits[b, nodes])
-            emitted, finish = cut([*kept[b][:accepted], token], row.request, len(row.ids), row.limit)
-            if error is not None:
-                emitted, finish = [], "error"
+            if whole == 0:
+                error, finish = self._diagnose(row, scored.logits[b, :1]), "error"
             accepted = min(accepted, len(emitted))
             logprobs = None
             if row.request.logprobs is not None:
                 logprobs = rank(scored.logits[b, nodes[: len(emitted)]], emitted, row.request.logprobs)
             row.ids += emitted
+            if bad:
+                self.pool.cache.clear(row.row, first=len(row.ids) - 1)
             outcome.accepted.append(accepted)
             outcome.path.append(paths[b][:accepted])
             outcome.emitted.append(emitted)

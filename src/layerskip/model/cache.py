@@ -107,11 +107,11 @@ class Cache:
                 tensor[row, :, target] = tensor[row, :, source]
         self.positions[row, target] = target
 
-    def clear(self, row: int) -> None:
-        """Zeroes a row. A masked NaN still poisons attention (0 x NaN), so a row that held one is wiped."""
+    def clear(self, row: int, *, first: int = 0) -> None:
+        """Zeroes a row from slot `first` on: a masked NaN still poisons attention (0 x NaN), so it is wiped."""
         for tensors in (self.keys, self.values):
             for tensor in tensors:
-                tensor[row].zero_()
+                tensor[row, :, first:].zero_()
 
     def _row_numbers(self, rows: RowIndex) -> Tensor:
         if isinstance(rows, slice):
