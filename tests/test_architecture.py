@@ -15,19 +15,24 @@ import layerskip.errors
 ROOT = Path(__file__).resolve().parents[1]
 
 PUBLIC = {
-    "load",
     "LLM",
-    "Completion",
-    "Sampling",
-    "EarlyExit",
-    "Lookup",
     "Assistant",
-    "LayerSkipError",
-    "CheckpointError",
-    "RequestError",
     "CapacityError",
+    "CheckpointError",
+    "Chunk",
+    "Completion",
+    "Drafter",
+    "EarlyExit",
+    "ExitScore",
+    "LayerSkipError",
+    "Lookup",
     "NumericalError",
+    "RequestError",
+    "Sampling",
+    "Stream",
+    "TokenLogprob",
     "__version__",
+    "load",
 }
 
 

@@ -395,3 +395,129 @@ def test_a_processor_with_nothing_to_say_after_the_end_does_not_spoil_the_end(ll
     )
     assert (told.tokens, told.finish_reason) == ([*free[:6], llm.eos[0]], "stop")
     assert told.acceptance.accepted == 7
+
+
+def test_one_failing_row_costs_the_others_nothing(tiny_checkpoint: Path) -> None:
+    llm = layerskip.load(tiny_checkpoint)
+    right = one(llm.generate("the cat", max_tokens=8))
+    unused = next(t for t in range(2, 200) if t not in [*right.prompt, *right.tokens])
+    llm.decoder.embedding.weight.data[unused] = math.nan
+    with pytest.raises(NumericalError, match="from the embedding on, at position 1") as caught:
+        llm.generate([[0, unused, 5], "the cat"], max_tokens=8, draft="early-exit:2")
+    failed, good = caught.value.completions
+    assert isinstance(failed, Completion)
+    assert isinstance(good, Completion)
+    assert (failed.finish_reason, failed.tokens) == ("error", [])
+    assert (good.finish_reason, good.tokens) == ("length", right.tokens)
+
+
+def test_nan_is_named_when_scoring_too(tiny_checkpoint: Path) -> None:
+    llm = layerskip.load(tiny_checkpoint)
+    llm.decoder.layers[2].up.weight.data[:] = math.nan
+    assert math.isfinite(llm.score("the cat sat", exit=2).loss)
+    with pytest.raises(NumericalError, match=r"from layer 2 \(of 0\.\.3\) on"):
+        llm.score("the cat sat")
+
+
+def test_prompts_come_as_people_have_them(llm: LLM) -> None:
+    ids = llm.encode("the cat")
+    expected = one(llm.generate(ids, max_tokens=4)).tokens
+    tensor = torch.tensor(ids)
+    assert one(llm.generate(tensor, max_tokens=4)).tokens == expected  # type: ignore[arg-type]
+    assert one(llm.generate(tensor.numpy(), max_tokens=4)).tokens == expected  # type: ignore[arg-type]
+    assert one(llm.generate(list(tensor.numpy()), max_tokens=4)).tokens == expected
+    assert [c.tokens for c in many(llm.generate(tensor[None], max_tokens=4))] == [expected]  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match=r'the prompt is a mapping, as tokenizers return; .* \["input_ids"\]'):
+        llm.generate(llm.tokenizer("the cat"))
+    for wrong in (None, 3, b"the cat", [1.5, 2.5], [None]):
+        with pytest.raises(RequestError, match="the prompt is a"):
+            llm.generate(wrong)  # type: ignore[arg-type]
+
+
+def test_arguments_of_another_kind_are_named(llm: LLM) -> None:
+    for arguments, message in (
+        ({"draft": 3}, "draft 3 is not a drafter; use one such as"),
+        ({"draft": EarlyExit}, "is not a drafter"),
+        ({"max_tokens": None}, "max_tokens None is not possible; use a whole number"),
+        ({"max_tokens": 2.5}, "max_tokens 2.5"),
+        ({"exit": "3"}, "exit '3' is not possible"),
+        ({"n": 1.5}, "n 1.5"),
+        ({"logprobs": True}, "logprobs True"),
+        ({"sampling": {"temperature": 1}}, r"use layerskip.Sampling\(\.\.\.\)"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            llm.generate("the cat", **arguments)  # type: ignore[arg-type]
+    for make, message in (
+        (lambda: EarlyExit(2.5), "draft exit 2.5"),  # type: ignore[arg-type]
+        (lambda: EarlyExit(2, tokens="4"), "draft tokens '4'"),  # type: ignore[arg-type]
+        (lambda: EarlyExit(2, confidence="high"), "confidence 'high' is not possible; use a number"),  # type: ignore[arg-type]
+        (lambda: Sampling(temperature=None), "temperature None"),  # type: ignore[arg-type]
+        (lambda: Sampling(top_k=2.5), "top_k 2.5"),  # type: ignore[arg-type]
+        (lambda: Sampling(seed="a"), "seed 'a'"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(RequestError, match=message):
+            make()
+    assert one(llm.generate("the cat", max_tokens=3, stop=None)).tokens
+
+
+def test_memory_too_small_for_all_rows_at_once_serves_them_in_turns(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = layerskip.load(tiny_checkpoint)
+    wanted = [c.tokens for c in many(layerskip.load(tiny_checkpoint).generate(PROMPTS, max_tokens=100))]
+    row = llm.decoder.shape.cache_bytes(1, 200, 4)
+
+    def free(_: object) -> int:
+        held = llm._pool.cache if llm._pool is not None else None
+        return 3 * row - (llm.decoder.shape.cache_bytes(held.rows, held.slots + 1, 4) if held is not None else 0)
+
+    monkeypatch.setattr(cache_module, "free_bytes", free)
+    assert [c.tokens for c in many(llm.generate(PROMPTS, max_tokens=100))] == wanted
+    # rows of past calls give way to one long request
+    assert len(one(llm.generate("the cat", max_tokens=240, ignore_eos=True)).tokens) == 240
+
+
+def test_a_conversation_outlives_prompts_that_only_begin_alike(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh = LLM(llm.decoder, llm.tokenizer)
+    fresh.generate(PROMPTS, max_tokens=4)
+    first = one(fresh.generate("the cat sat on the mat and the dog", max_tokens=20))
+    fresh.generate("a dog ran", max_tokens=4)  # shares BOS only
+    passes: list[int] = []
+    run = llm.decoder.run
+
+    def counting(hidden, at, cache, first=0, last=None, **rest):  # type: ignore[no-untyped-def]
+        passes.append(hidden.shape[0] * hidden.shape[1])
+        return run(hidden, at, cache, first, last, **rest)
+
+    monkeypatch.setattr(llm.decoder, "run", counting)
+    fresh.generate([*first.prompt, *first.tokens, 9], max_tokens=1)
+    assert sum(passes) == 1 + 1
+
+
+def test_two_streams_that_share_a_drafter_do_not_undo_its_work(
+    llm: LLM, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assistant = llm.assistant(tiny_checkpoint, tokens=2)
+    positions: list[int] = []
+    run = assistant.decoder.run
+
+    def counting(hidden, at, *rest, **more):  # type: ignore[no-untyped-def]
+        positions.append(hidden.shape[0] * hidden.shape[1])
+        return run(hidden, at, *rest, **more)
+
+    monkeypatch.setattr(assistant.decoder, "run", counting)
+    prompts = ["the cat sat on the mat and the dog ran " * 3, "a dog and the cat " * 6]
+    expected = [one(llm.generate(p, max_tokens=30)).text for p in prompts]
+    alone = 0
+    for prompt in prompts:
+        llm.generate(prompt, max_tokens=30, draft=assistant)
+        alone, positions = alone + sum(positions), positions
+        positions.clear()
+    other = llm.assistant(tiny_checkpoint, tokens=2)
+    monkeypatch.setattr(other.decoder, "run", counting)
+    streams = [llm.stream(p, max_tokens=30, draft=other) for p in prompts]
+    while any([next(stream, None) for stream in streams]):  # noqa: C419  # every stream takes its turn
+        pass
+    assert [stream.completions[0].text for stream in streams] == expected
+    assert sum(positions) <= alone + 4
+    assert not any(row.taken for row in other._pool.rows)

@@ -13,29 +13,42 @@ __all__ = [
     "Assistant",
     "CapacityError",
     "CheckpointError",
+    "Chunk",
     "Completion",
+    "Drafter",
     "EarlyExit",
+    "ExitScore",
     "LayerSkipError",
     "Lookup",
     "NumericalError",
     "RequestError",
     "Sampling",
+    "Stream",
+    "TokenLogprob",
     "__version__",
     "load",
 ]
 
 if TYPE_CHECKING:
+    from layerskip.decode.draft import Drafter
     from layerskip.decode.drafters import Assistant, EarlyExit, Lookup
+    from layerskip.decode.logprobs import TokenLogprob
     from layerskip.decode.sampling import Sampling
+    from layerskip.decode.scoring import ExitScore
     from layerskip.errors import CapacityError, CheckpointError, LayerSkipError, NumericalError, RequestError
-    from layerskip.llm import LLM, Completion, load
+    from layerskip.llm import LLM, Chunk, Completion, Stream, load
 else:
     # In the else branch, so that a type checker still reports a name that does not exist.
     _HOME = {
         "LLM": "layerskip.llm",
+        "Chunk": "layerskip.llm",
         "Completion": "layerskip.llm",
+        "Stream": "layerskip.llm",
         "load": "layerskip.llm",
         "Sampling": "layerskip.decode.sampling",
+        "Drafter": "layerskip.decode.draft",
+        "ExitScore": "layerskip.decode.scoring",
+        "TokenLogprob": "layerskip.decode.logprobs",
         "Assistant": "layerskip.decode.drafters",
         "EarlyExit": "layerskip.decode.drafters",
         "Lookup": "layerskip.decode.drafters",

@@ -13,11 +13,16 @@ This file imports nothing of ours and nothing heavy, so every other module may u
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class LayerSkipError(Exception):
-    """Every error this package raises on purpose."""
+    """Every error this package raises on purpose.
+
+    `completions` holds what `LLM.generate` had generated when one of its rows failed; elsewhere it is empty.
+    """
+
+    completions: Sequence[object] = ()
 
 
 class CheckpointError(LayerSkipError, ValueError):
@@ -34,6 +39,18 @@ class CapacityError(LayerSkipError, MemoryError):
 
 class NumericalError(LayerSkipError, ArithmeticError):
     """The logits are NaN, so there is no distribution to draw from."""
+
+
+def check_whole(name: str, value: object) -> None:
+    """Raises RequestError unless a value is a whole number; a float or a text would fail later, somewhere else."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise RequestError(f"{name} {value!r} is not possible; use a whole number")
+
+
+def check_number(name: str, value: object) -> None:
+    """Raises RequestError unless a value is a number."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise RequestError(f"{name} {value!r} is not possible; use a number")
 
 
 def suggest(word: str, allowed: Iterable[str]) -> str:

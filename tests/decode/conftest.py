@@ -138,6 +138,9 @@ class Tree:
             parents=torch.tensor(parents, dtype=torch.long),
         )
 
+    def leave(self, key: int) -> None:
+        """It keeps nothing of a row."""
+
     def observe(self, rows: Rows, draft: Draft, outcome: Outcome) -> None:
         assert draft.parents is not None
         for row, path in enumerate(outcome.path):  # the path is one, from the root on, and what was emitted

@@ -1,6 +1,6 @@
 """The second law: sampled text has exactly the target's law, end to end.
 
-A random model over six words generates three tokens, thousands of times; the joint law of the three is known from
+A random model over six words generates three or four tokens, thousands of times; their joint law is known from
 transformers' logits and processors on every prefix. Every drafter must leave it alone.
 """
 
@@ -18,13 +18,15 @@ from layerskip.decode.pool import Pool
 from layerskip.decode.request import Request
 from layerskip.decode.sampling import Sampling
 
-V, LENGTH = 6, 3
+V, LONGEST = 6, 4
 PROMPT = [1]  # short, so that joining costs little
 ROWS, TIMES = 128, 64  # samples of a case: 8192
 SEEDS = (1, 20_000_000, 2**61)
-# what is drawn and may be turned down runs with every seed; what is matched is plain decoding's text, seed by seed
-CASES = [(name, seed) for name in ("early exit", "confident exit", "assistant") for seed in SEEDS]
-CASES += [(name, SEEDS[0]) for name in ("none", "lookup", "tree")]
+# What is drawn and may be turned down has three seeds, of which one of a kind is enough for every day; what is matched
+# is plain decoding's text, seed by seed.
+CASES = [("early exit", seed) for seed in SEEDS]
+CASES += [(name, SEEDS[0]) for name in ("confident exit", "assistant", "none", "lookup", "tree")]
+RARE = [(name, seed) for name in ("confident exit", "assistant") for seed in SEEDS[1:]]
 
 SETTINGS = {
     "top-p": {"temperature": 0.7, "top_p": 0.9},
@@ -47,27 +49,27 @@ def next_law(model: Any, ids: Sequence[int], settings: dict[str, float]) -> Tens
 
 
 def joint_law(model: Any, settings: dict[str, float]) -> Tensor:
-    """The law of the next three tokens, (V, V, V)."""
+    """The law of the next four tokens, (V, V, V, V)."""
     law = torch.ones(1)
-    for length in range(LENGTH):
+    for length in range(LONGEST):
         prefixes = torch.cartesian_prod(*[torch.arange(V)] * length).reshape(-1, length).tolist() if length else [[]]
         following = [next_law(model, PROMPT + prefix, settings) for prefix in prefixes]
         law = (law.reshape(-1, 1) * torch.stack(following)).flatten()
-    return law.reshape(V, V, V)
+    return law.reshape([V] * LONGEST)
 
 
 @pytest.fixture(scope="module")
 def model(tiny: Callable[..., Any]) -> Any:
-    return tiny("llama", vocab_size=V, num_hidden_layers=3, seed=2)
+    return tiny("llama", vocab_size=V, num_hidden_layers=3, seed=4)
 
 
 @pytest.fixture(scope="module")
 def make(tiny: Callable[..., Any], decoder_of: Callable[[Any], Any], tree: Any) -> dict[str, Callable[[], Any]]:
-    assistant = decoder_of(tiny("llama", vocab_size=V, num_hidden_layers=1, seed=2))
+    assistant = decoder_of(tiny("llama", vocab_size=V, num_hidden_layers=1, seed=4))
     return {
         "none": lambda: None,
         "early exit": lambda: EarlyExit(2, tokens=2),
-        "confident exit": lambda: EarlyExit(1, tokens=3, confidence=0.5),
+        "confident exit": lambda: EarlyExit(1, tokens=3, confidence=0.6),
         "lookup": lambda: Lookup(tokens=2, ngram=1, predicted=[3, 4, 4, 0]),
         "assistant": lambda: Assistant(assistant, tokens=2),
         "tree": lambda: tree([1, 5, 4, 1, 3, 3, 0, 1], vocab=V, tokens=7, parents=(0, 0, 2, 2, 1, 4, 4), drifting=0),
@@ -80,7 +82,7 @@ def expected(request: pytest.FixtureRequest, model: Any) -> tuple[dict[str, floa
     return settings, joint_law(model, settings)
 
 
-@pytest.mark.parametrize(("name", "seed"), CASES)
+@pytest.mark.parametrize(("name", "seed"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in RARE)])
 def test_the_joint_law_of_the_text_is_the_targets(
     model: Any,
     make: dict[str, Callable[[], Any]],
@@ -92,18 +94,23 @@ def test_the_joint_law_of_the_text_is_the_targets(
 ) -> None:
     settings, law = expected
     decoder, drafter = decoder_of(model), make[name]()
-    counts, drafted, accepted = torch.zeros(V, V, V), 0, 0
+    # a stop that depends on a drafted token takes three drafted ones to be seen
+    length = 4 if name == "confident exit" else 3
+    counts, drafted, accepted, sizes = torch.zeros([V] * length), 0, 0, set()
     for time in range(TIMES):
         batch = Batch(decoder, Pool(decoder.cache(rows=ROWS, slots=16)), drafter=drafter)
         samplings = [Sampling(**settings, seed=seed + time * ROWS + row) for row in range(ROWS)]
-        keys = batch.join([Request(PROMPT, LENGTH, sampling=sampling) for sampling in samplings])
+        keys = batch.join([Request(PROMPT, length, sampling=sampling) for sampling in samplings])
         texts: dict[int, list[int]] = {key: [] for key in keys}
         while len(batch):
             for done in batch.round():
                 texts[done.key] += done.tokens
                 drafted, accepted = drafted + len(done.drafted), accepted + done.accepted
+                sizes.add(len(done.drafted))
         index = torch.tensor(list(texts.values())).T
         counts.index_put_(tuple(index), torch.ones(ROWS), accumulate=True)
-    assert follows(counts, law)
+    assert follows(counts, law.sum(-1) if length == 3 else law)
     if name != "none":
-        assert 0.05 * drafted < accepted < 0.95 * drafted
+        assert 0.1 * drafted < accepted < 0.9 * drafted
+    if name == "confident exit":
+        assert sizes >= {0, 1, 2}

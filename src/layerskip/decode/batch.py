@@ -14,7 +14,7 @@ Sizes: B rows, K drafted tokens, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 
@@ -31,7 +31,7 @@ from layerskip.decode.request import Request, Round, Seconds, cut
 from layerskip.decode.sampling import Law
 from layerskip.decode.tree import node_depths, tree_mask
 from layerskip.decode.verify import Uniforms, Verdict, verify_chain, verify_tree
-from layerskip.errors import LayerSkipError, RequestError
+from layerskip.errors import LayerSkipError, RequestError, check_whole
 from layerskip.model.decoder import Decoder
 
 _keys = count()
@@ -57,6 +57,23 @@ class _Scored:
     target: Tensor
 
 
+@dataclass(frozen=True)
+class _Found:
+    """What a verification found for a row.
+
+    Args:
+        path: the drafted tokens kept, as indices into the draft.
+        tokens: what the row may gain: the kept tokens and one more, up to the first law that broke.
+        logits: (n, V) raw, that the kept tokens and the one more were chosen by.
+        poisoned: whether a node of the row, kept or not, has logits that are not finite.
+    """
+
+    path: list[int]
+    tokens: list[int]
+    logits: Tensor
+    poisoned: bool
+
+
 class Batch:
     """Rows that decode side by side and come and go at round boundaries.
 
@@ -75,9 +92,12 @@ class Batch:
     ) -> None:
         layers = decoder.shape.layers
         self.exit = layers if exit is None else exit
+        check_whole("exit", self.exit)
         if not 1 <= self.exit <= layers:
             raise RequestError(f"exit {exit} is not inside this {layers}-layer model; use 1..{layers}")
         if drafter is not None:
+            if isinstance(drafter, type) or not hasattr(drafter, "propose"):  # a caller's mistake, named here
+                raise RequestError(f"draft {drafter!r} is not a drafter; use one such as layerskip.EarlyExit(3)")
             drafter.check(decoder, exit=self.exit)
         self.decoder, self.pool, self.drafter = decoder, pool, drafter
         self._rows: list[_Row] = []
@@ -126,10 +146,9 @@ class Batch:
     def leave(self, key: int) -> None:
         """Takes a row out; its cache stays held for prompts that continue it."""
         row = self._find(key)
-        self._rows.remove(row)
+        self._take_out(row)
         self.pool.hold(row.row, row.ids[:-1], depth=self.exit)
         self.pool.give_back(row.row)
-        self._law = None
 
     def close(self) -> None:
         """Takes every row out."""
@@ -142,7 +161,7 @@ class Batch:
         if not self._rows:
             return []
         began = time.perf_counter()
-        rows = self._view()
+        rows = self._view(self._rows)
         room = [row.limit - len(row.ids) - 1 for row in self._rows]
         draft = Draft(rows.last[:, :0])
         if self.drafter is not None and max(room) > 0:
@@ -150,15 +169,18 @@ class Batch:
         drafted = time.perf_counter()
         scored = self._score(rows, draft)
         verdict = self._verify(rows, draft, scored.target)
-        rounds, outcome = self._settle(rows, draft, scored, verdict)
+        found = self._read(draft, scored, verdict)
+        if draft.tokens.shape[1]:
+            for b, again in self._undrafted([b for b, f in enumerate(found) if f.poisoned]):
+                found[b] = again
+        rounds, outcome = self._settle(rows, draft, scored, found)
         verified = time.perf_counter()
         if self.drafter is not None and draft.tokens.shape[1]:
             self.drafter.observe(rows, draft, outcome)
         for row, done in zip(list(self._rows), rounds, strict=True):
             if done.error is not None:
-                self._rows.remove(row)
+                self._take_out(row)
                 self.pool.forget(row.row)
-                self._law = None
             elif done.finish:
                 self.leave(row.key)
         seconds = Seconds(drafted - began, verified - drafted, time.perf_counter() - verified)
@@ -246,10 +268,12 @@ class Batch:
 
     # -- one round
 
-    def _view(self) -> Rows:
-        rows, device = self._rows, self.decoder.device
-        if self._law is None:
-            self._law = Law(
+    def _view(self, rows: Sequence[_Row]) -> Rows:
+        device = self.decoder.device
+        whole = len(rows) == len(self._rows)
+        law = self._law if whole else None
+        if law is None:
+            law = Law(
                 [row.request.sampling for row in rows],
                 self.decoder.shape.vocab,
                 ids=[row.ids for row in rows],
@@ -257,11 +281,13 @@ class Batch:
                 floors=[len(row.request.ids) + row.request.min_tokens for row in rows],
                 device=device,
             )
+        if whole:
+            self._law = law
         return Rows(
             decoder=self.decoder,
             cache=self.pool.cache,
             exit=self.exit,
-            law=self._law,
+            law=law,
             keys=[row.key for row in rows],
             ids=[row.ids for row in rows],
             starts=[len(row.request.ids) for row in rows],
@@ -322,48 +348,60 @@ class Batch:
         source = torch.where(steps < verdict.accepted[:, None], rows.at + 1 + verdict.path, target)
         self.pool.cache.gather(rows.index, source, target)
 
-    def _settle(self, rows: Rows, draft: Draft, scored: _Scored, verdict: Verdict) -> tuple[list[Round], Outcome]:
-        """Brings the verdict to the host (the round's one synchronisation) and extends the rows."""
-        tokens = draft.tokens.gather(1, verdict.path) if draft.tokens.shape[1] else draft.tokens
+    def _read(self, draft: Draft, scored: _Scored, verdict: Verdict) -> list[_Found]:
+        """Brings a verdict to the host: once a round, the loop waits for the device here."""
+        kept = draft.tokens.gather(1, verdict.path) if draft.tokens.shape[1] else draft.tokens
         broken = scored.target.sum(-1).isnan()  # (B, K + 1): NaN logits, or a law with nothing left in it
-        host = torch.cat((verdict.accepted[:, None], verdict.token[:, None], broken.any(-1, keepdim=True)), 1)
-        state, paths, kept = host.tolist(), verdict.path.tolist(), tokens.tolist()
+        table = torch.cat((verdict.accepted[:, None], verdict.token[:, None], verdict.path, kept, broken), 1).tolist()
+        width, found = verdict.path.shape[1], []
+        for b, (accepted, token, *rest) in enumerate(table):
+            path, tokens, laws = rest[:accepted], rest[width : width + accepted], rest[2 * width :]
+            nodes = [0, *(node + 1 for node in path)]
+            poisoned = any(laws) and not bool(scored.logits[b].isfinite().all())
+            # tokens drawn before the first broken law are good
+            whole = next((i for i, node in enumerate(nodes) if laws[node]), len(nodes))
+            found.append(_Found(path, [*tokens, token][:whole], scored.logits[b, nodes], poisoned))
+        return found
+
+    def _undrafted(self, rows: Sequence[int]) -> Iterator[tuple[int, _Found]]:
+        """Runs rows again without their draft: a token that was only drafted may be what has no finite numbers.
+
+        What holds one poisons the row's attention even where it is masked (0 x NaN), so it is wiped first.
+        """
+        if not rows:
+            return
+        for b in rows:
+            self.pool.cache.clear(self._rows[b].row, first=len(self._rows[b].ids) - 1)
+        view = self._view([self._rows[b] for b in rows])
+        draft = Draft(view.last[:, :0])
+        scored = self._score(view, draft)
+        yield from zip(rows, self._read(draft, scored, self._verify(view, draft, scored.target)), strict=True)
+
+    def _settle(
+        self, rows: Rows, draft: Draft, scored: _Scored, found: Sequence[_Found]
+    ) -> tuple[list[Round], Outcome]:
+        """Extends the rows by what was found."""
         depths = (node_depths(draft.parents) - 1).tolist()[1:] if draft.parents is not None else None
         rounds, outcome = [], Outcome(scored.target, scored.hidden, [], [], [])
-        for b, (row, drafted, length) in enumerate(zip(self._rows, draft.tokens.tolist(), draft.counts(), strict=True)):
-            accepted, token, bad = state[b]
-            nodes = [0, *(node + 1 for node in paths[b][:accepted])]
-            # tokens drawn before the first broken law are good; a row is in error when it begins with one
-            laws = broken[b, nodes].tolist() if bad else []
-            whole = laws.index(True) if True in laws else len(nodes)
-            emitted, finish = cut([*kept[b][:accepted], token][:whole], row.request, len(row.ids), row.limit)
+        drafts = zip(self._rows, found, draft.tokens.tolist(), draft.counts(), strict=True)
+        for row, fate, drafted, length in drafts:
+            emitted, finish = cut(fate.tokens, row.request, len(row.ids), row.limit)
             error = None
-            if whole == 0:
-                error, finish = self._diagnose(row, scored.logits[b, :1]), "error"
-            accepted = min(accepted, len(emitted))
+            if not fate.tokens:
+                error, finish = self._diagnose(row, fate.logits), "error"
+            accepted = min(len(fate.path), len(emitted))
             logprobs = None
             if row.request.logprobs is not None:
-                logprobs = rank(scored.logits[b, nodes[: len(emitted)]], emitted, row.request.logprobs)
+                logprobs = rank(fate.logits[: len(emitted)], emitted, row.request.logprobs)
             row.ids += emitted
-            if bad:
-                self.pool.cache.clear(row.row, first=len(row.ids) - 1)
             outcome.accepted.append(accepted)
-            outcome.path.append(paths[b][:accepted])
+            outcome.path.append(fate.path[:accepted])
             outcome.emitted.append(emitted)
             where = list(range(length)) if depths is None else depths
-            rounds.append(
-                Round(
-                    row.key,
-                    emitted,
-                    accepted,
-                    drafted[:length],
-                    where,
-                    logprobs,
-                    finish,
-                    error,
-                    Seconds(0, 0, 0),
-                )
+            round = Round(
+                row.key, emitted, accepted, drafted[:length], where, logprobs, finish, error, Seconds(0, 0, 0)
             )
+            rounds.append(round)
         rows.law.extend(outcome.emitted)
         return rounds, outcome
 
@@ -373,6 +411,12 @@ class Batch:
                 f"no token is allowed after {len(row.ids)} tokens: bans, biases or processors exclude them all"
             )
         return diagnose(self.decoder, row.ids, depth=self.exit)
+
+    def _take_out(self, row: _Row) -> None:
+        self._rows.remove(row)
+        self._law = None
+        if self.drafter is not None:
+            self.drafter.leave(row.key)
 
     def _find(self, key: int) -> _Row:
         for row in self._rows:

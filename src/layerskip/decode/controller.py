@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from layerskip.errors import RequestError
+from layerskip.errors import RequestError, check_number, check_whole
 
 
 class Controller(Protocol):
@@ -47,6 +47,7 @@ class Fixed:
     confident = False
 
     def __init__(self, tokens: int) -> None:
+        check_whole("draft tokens", tokens)
         if tokens < 1:
             raise RequestError(f"drafting {tokens} tokens a round is not possible; use 1 or more, or no drafter")
         self.tokens = tokens
@@ -77,6 +78,7 @@ class Confidence(Fixed):
 
     def __init__(self, tokens: int, *, threshold: float) -> None:
         super().__init__(tokens)
+        check_number("confidence", threshold)
         if not 0 < threshold <= 1:
             raise RequestError(f"confidence {threshold} is not allowed; use more than 0 and at most 1")
         self.threshold = threshold

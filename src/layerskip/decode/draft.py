@@ -137,6 +137,10 @@ class Drafter(Protocol):
         """Sees what became of its draft; everything that learns while decoding learns here."""
         ...
 
+    def leave(self, key: int) -> None:
+        """Lets go of what it keeps for a row that has left its batch."""
+        ...
+
 
 @dataclass(frozen=True)
 class Outcome:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from layerskip.decode.prefill import CHUNK
 from layerskip.errors import NumericalError
 from layerskip.model.decoder import Decoder
 
@@ -18,7 +19,8 @@ def diagnose(decoder: Decoder, ids: Sequence[int], *, depth: int) -> NumericalEr
     place = "the embedding"
     for layer in range(-1, depth):
         if layer >= 0:
-            hidden = decoder.run(hidden, at, cache, layer, layer + 1)
+            pieces = zip(hidden.split(CHUNK, 1), at.split(CHUNK, 1), strict=True)
+            hidden = torch.cat([decoder.run(h, p, cache, layer, layer + 1) for h, p in pieces], 1)
             place = f"layer {layer} (of 0..{decoder.shape.layers - 1})"
         if not bool(hidden.isfinite().all()):
             position = int((~hidden.isfinite().all(-1))[0].nonzero()[0])

@@ -53,7 +53,7 @@ class Pool:
         """
         source, length = self._best(ids, depth) if reuse else (0, 0)
         self.make_room(rows=1, slots=slots)
-        row = self._oldest() if self.rows[source].taken or not length else source
+        row = self._choose(source, length)
         if length and row != source:
             self.cache.copy_prefix(source, row, length=length)
         self.rows[row] = Held(list(ids[:length]), depth, True, next(self._clock))
@@ -95,12 +95,26 @@ class Pool:
         try:
             self.cache.grow(rows=total, slots=rounded)
         except CapacityError:
+            total = self._let_go(rows)
             self.cache.grow(rows=total, slots=slots)
         self.rows += [Held() for _ in range(self.cache.rows - len(self.rows))]
 
-    def _oldest(self) -> int:
+    def _let_go(self, rows: int) -> int:
+        """Drops the idle rows behind the last taken one; returns how many rows it takes for `rows` free ones."""
+        last = max((row + 1 for row, held in enumerate(self.rows) if held.taken), default=0)
+        self.cache.shrink(rows=last)
+        del self.rows[last:]
+        return max(last, sum(held.taken for held in self.rows) + rows)
+
+    def _choose(self, source: int, length: int) -> int:
+        """The row to take: one that is continued, else the one longest unused, else what there is.
+
+        A row that merely begins alike is copied from and kept: somebody may come back to the rest of it.
+        """
         idle = [r for r, held in enumerate(self.rows) if not held.taken]
-        return min(idle, key=lambda r: (self.rows[r].used, r))
+        if length and source in idle and length == len(self.rows[source].ids):
+            return source
+        return min(idle, key=lambda r: (bool(length) and r == source, self.rows[r].used, r))
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -46,7 +46,8 @@ def prefill(
     while waiting := [i for i, tokens in enumerate(ids) if done[i] < len(tokens)]:
         width = min(CHUNK, max(len(ids[i]) - done[i] for i in waiting))
         pieces = [list(ids[i][done[i] : done[i] + width]) for i in waiting]
-        tokens = torch.tensor([p + [0] * (width - len(p)) for p in pieces], device=decoder.device)
+        # padding is run like any token, so it is one that the row has already
+        tokens = torch.tensor([p + p[-1:] * (width - len(p)) for p in pieces], device=decoder.device)
         first = torch.tensor([done[i] for i in waiting], device=decoder.device)
         at = first[:, None] + torch.arange(width, device=decoder.device)
         limit = min(max(done[i] for i in waiting) + width, cache.slots)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from layerskip.decode.logprobs import TokenLogprob
 from layerskip.decode.sampling import Sampling
-from layerskip.errors import LayerSkipError, RequestError
+from layerskip.errors import LayerSkipError, RequestError, check_whole
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class Request:
     prompt_logprobs: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("max_tokens", "min_tokens", *(["logprobs"] if self.logprobs is not None else [])):
+            check_whole(name, getattr(self, name))
         if not self.ids:
             raise RequestError("the prompt has no tokens; give at least one")
         if self.max_tokens < 1:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from layerskip.errors import RequestError
+from layerskip.errors import RequestError, check_number, check_whole
 
 Processor = Callable[[Tensor, Tensor], Tensor]
 """(token ids so far (n,), logits (V,)) -> logits (V,). Must depend on its arguments only: it runs once per drafted
@@ -39,7 +39,8 @@ class Sampling:
         frequency_penalty: subtracted from a token's logit for each time it is present.
         logit_bias: token id -> what is added to its logit.
         banned: token ids that are never produced.
-        seed: makes the text repeatable; None draws one.
+        seed: makes the text repeatable; None draws one. The same prompt with the same seed gives the same text, also
+            twice in one batch: ask for several with `n`.
         processors: functions (ids so far, logits) -> logits, run for every drafted prefix.
 
     Raises:
@@ -63,6 +64,11 @@ class Sampling:
             if not ok:
                 raise RequestError(f"{name} {getattr(self, name)} is not allowed; use {allowed}")
 
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+            check_number(name, getattr(self, name))
+        check_whole("top_k", self.top_k)
+        if self.seed is not None:
+            check_whole("seed", self.seed)
         need(0 <= self.temperature < math.inf, "temperature", "0 (greedy) or more")
         need(self.top_k >= 0, "top_k", "0 (all tokens) or more")
         need(0 < self.top_p <= 1, "top_p", "more than 0 and at most 1")
@@ -158,9 +164,9 @@ class Law:
                     counts[token] += 1
 
     def _column(self, name: str) -> Tensor:
-        """One setting of every row, (B, 1, 1)."""
+        """One setting of every row, (B, 1, 1) float64: rounded where it is used, as a Python number would be."""
         values = [float(getattr(s, name)) for s in self.samplings]
-        return torch.tensor(values, device=self.device)[:, None, None]
+        return torch.tensor(values, dtype=torch.float64, device=self.device)[:, None, None]
 
     def _static_bias(self) -> Tensor | None:
         if not any(s.logit_bias or s.banned for s in self.samplings):
@@ -186,7 +192,9 @@ class Law:
         factor = self._column("repetition_penalty").to(logits.dtype)
         penalised = torch.where(logits < 0, logits * factor, logits / factor)
         logits = torch.where(present, penalised, logits)
-        return logits - self._column("presence_penalty") * present - self._column("frequency_penalty") * seen
+        presence = self._column("presence_penalty").to(logits.dtype)
+        frequency = self._column("frequency_penalty").to(logits.dtype)
+        return logits - presence * present - frequency * seen
 
     def _ban_stops(self, logits: Tensor, ancestors: Tensor) -> Tensor:
         logits = logits.clone()
@@ -226,7 +234,7 @@ class Law:
         # ties with the k-th stay in, as in transformers
         ordered = ordered.masked_fill(ordered < least, -torch.inf)
         # the least likely tokens whose probabilities sum to at most 1 - top_p go; the likeliest always stays
-        drop = ordered.softmax(-1).cumsum(-1) <= 1 - self._column("top_p").to(scores.dtype)
+        drop = ordered.softmax(-1).cumsum(-1) <= (1 - self._column("top_p")).to(scores.dtype)
         drop[..., -1] = False
         ordered = ordered.masked_fill(drop, -torch.inf)
         law = ordered.softmax(-1)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from layerskip.decode.numerics import diagnose
 from layerskip.decode.prefill import CHUNK
 from layerskip.errors import RequestError
 from layerskip.model.decoder import Decoder
@@ -52,6 +53,7 @@ def score(decoder: Decoder, ids: Sequence[int], *, exits: Sequence[int]) -> list
 
     Raises:
         RequestError: fewer than two tokens, more than the context, or an exit outside the model.
+        NumericalError: an exit's logits are not finite; says where that begins.
         CapacityError: no memory for the cache of this text.
     """
     layers, context = decoder.shape.layers, decoder.shape.context
@@ -74,6 +76,8 @@ def score(decoder: Decoder, ids: Sequence[int], *, exits: Sequence[int]) -> list
             depth = exit
             logits = decoder.logits(hidden)[0]
             table = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+            if bool(table.isnan().any()):
+                raise diagnose(decoder, ids, depth=exit)
             logprobs[exit] += table.gather(-1, following)[:, 0].tolist()
             predictions[exit] += table.argmax(-1).tolist()
     return [ExitScore(exit, logprobs[exit], predictions[exit]) for exit in exits]

@@ -75,6 +75,17 @@ class Cache:
         self.positions = positions
         self.rows, self.slots = rows, slots
 
+    def shrink(self, *, rows: int) -> None:
+        """Holds only its first `rows` rows from now on; 0 gives all memory back."""
+        if rows == 0:
+            self.keys, self.values, self.rows, self.slots = [], [], 0, 0
+            return
+        for tensors in (self.keys, self.values):
+            for layer, tensor in enumerate(tensors):
+                tensors[layer] = tensor[:rows].clone()
+        self.positions = self.positions[:rows].clone()
+        self.rows = rows
+
     def place(self, rows: RowIndex, slots: Tensor, at: Tensor) -> None:
         """Notes that `slots` (B, T) hold positions `at` (B, T): a tree's nodes have slots apart from positions."""
         self.positions[self._row_numbers(rows)[:, None], slots] = at
@@ -143,7 +154,9 @@ class Cache:
 def free_bytes(device: torch.device) -> int | None:
     """Memory that can still be taken on `device`, or None where the system does not tell."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        # what torch holds without using can be taken as well
+        spare = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + spare
     # Linux hands out memory it does not have and kills later, so ask before allocating
     table = Path("/proc/meminfo")
     if device.type != "cpu" or not table.exists():

@@ -26,7 +26,7 @@ NEEDED = f"a checkpoint folder holds config.json, and {SINGLE} or {INDEX} with i
 
 # What is fetched from the hub: no pickled, GGUF or ONNX copies of the same weights.
 _HUB_FILES = [
-    *("config*.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"),
+    *("config*.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
     *("tokenizer*", "*.model", "special_tokens_map.json", "vocab.*", "merges.txt", "added_tokens.json"),
     "chat_template*",
 ]

@@ -177,7 +177,7 @@ class Decoder(nn.Module):
     def _rotation(self, at: Tensor, positions: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines (B, 1, T, H) of positions `at`, from a table that covers `positions` of them."""
         table = self._table  # read once: another thread may put a table of its own in its place
-        if table is None or table[0].shape[0] < positions:
+        if table is None or table[0].shape[0] < positions or table[0].dtype != self.dtype:
             steps = torch.arange(positions, device=self.device)
             cos, sin = cos_sin(self.shape.rope, self.shape.head_width, steps)
             self._table = table = cos.to(self.dtype), sin.to(self.dtype)

@@ -6,6 +6,8 @@ drafts.
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,6 +17,7 @@ from layerskip.decode.draft import Draft, Outcome, Rows
 from layerskip.decode.drafters.chain import draw_chain
 from layerskip.decode.pool import Pool, common_prefix
 from layerskip.decode.prefill import prefill, row_index
+from layerskip.errors import RequestError
 from layerskip.model.decoder import Decoder
 
 
@@ -39,6 +42,7 @@ class Assistant:
         self.decoder = decoder
         self.controller: Controller = controller_for(tokens, confidence=confidence)
         self._pool = Pool(decoder.cache(rows=1, slots=64))
+        self._lock = threading.Lock()  # one assistant may draft for several batches
         self._rows: dict[int, int] = {}  # key of a row of the batch -> row of our cache
 
     @property
@@ -47,15 +51,30 @@ class Assistant:
         return self.controller.tokens
 
     def check(self, decoder: Decoder, *, exit: int) -> None:
-        """Any decoder can be drafted for."""
+        """Raises RequestError where the target is on another device."""
+        if decoder.device != self.decoder.device:
+            raise RequestError(
+                f"the assistant is on {self.decoder.device}, the model on {decoder.device}; use one device"
+            )
 
     def propose(self, rows: Rows, tokens: int) -> Draft:
         """Catches its cache up with every row, then runs one token at a time."""
+        with self._lock:
+            return self._propose(rows, tokens)
+
+    def leave(self, key: int) -> None:
+        """Gives the row's place in its cache back."""
+        with self._lock:
+            if key in self._rows:
+                self._pool.give_back(self._rows.pop(key))
+
+    def _propose(self, rows: Rows, tokens: int) -> Draft:
         index = self._catch_up(rows, tokens)
 
         def step(token: Tensor, i: int) -> Tensor:
+            known = token.clamp(max=self.decoder.shape.vocab - 1)  # ids that only the target's padding has
             hidden = self.decoder.run(
-                self.decoder.embed(token), rows.at + i, self._pool.cache, rows=index, limit=rows.longest + i
+                self.decoder.embed(known), rows.at + i, self._pool.cache, rows=index, limit=rows.longest + i
             )
             return resize(self.decoder.logits(hidden), rows.decoder.shape.vocab)
 
@@ -72,8 +91,6 @@ class Assistant:
     def _catch_up(self, rows: Rows, count: int) -> slice | Tensor:
         """Makes every row's tokens but the last valid in our cache; returns our rows."""
         depth = self.decoder.shape.layers
-        for key in self._rows.keys() - set(rows.keys):
-            self._pool.give_back(self._rows.pop(key))
         starts = []
         for key, ids in zip(rows.keys, rows.ids, strict=True):
             known, slots = ids[:-1], len(ids) + count
@@ -84,9 +101,9 @@ class Assistant:
                 self._rows[key], start = self._pool.claim(known, depth=depth, slots=slots)
                 starts.append(start)
         ours = [self._rows[key] for key in rows.keys]
-        prefill(
-            self.decoder, self._pool.cache, rows=ours, ids=[ids[:-1] for ids in rows.ids], starts=starts, depth=depth
-        )
+        top = self.decoder.shape.vocab - 1
+        texts = [[min(token, top) for token in ids[:-1]] for ids in rows.ids]
+        prefill(self.decoder, self._pool.cache, rows=ours, ids=texts, starts=starts, depth=depth)
         for row, ids in zip(ours, rows.ids, strict=True):
             self._pool.hold(row, ids[:-1], depth=depth)
         return row_index(ours, self.decoder.device)

@@ -12,7 +12,7 @@ from torch import Tensor
 from layerskip.decode.controller import Controller, controller_for
 from layerskip.decode.draft import Draft, Outcome, Rows
 from layerskip.decode.drafters.chain import draw_chain
-from layerskip.errors import RequestError
+from layerskip.errors import RequestError, check_whole
 from layerskip.model.decoder import Decoder
 
 
@@ -32,6 +32,7 @@ class EarlyExit:
     name = "early-exit"
 
     def __init__(self, exit: int, *, tokens: int = 4, confidence: float | None = None) -> None:
+        check_whole("draft exit", exit)
         if exit < 1:
             raise RequestError(f"draft exit {exit} is not possible; use 1 or more layers")
         self.exit = exit
@@ -78,6 +79,9 @@ class EarlyExit:
             hidden=torch.cat(states, 1),
             depth=self.exit,
         )
+
+    def leave(self, key: int) -> None:
+        """It keeps nothing of a row."""
 
     def observe(self, rows: Rows, draft: Draft, outcome: Outcome) -> None:
         """Tells the controller how much was kept."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from layerskip.decode.draft import Draft, Outcome, Rows
-from layerskip.errors import RequestError
+from layerskip.errors import RequestError, check_whole
 from layerskip.model.decoder import Decoder
 
 
@@ -63,6 +63,8 @@ class Lookup:
     name = "lookup"
 
     def __init__(self, *, tokens: int = 8, ngram: int = 3, predicted: str | Sequence[int] = ()) -> None:
+        check_whole("draft tokens", tokens)
+        check_whole("ngram", ngram)
         if tokens < 1:
             raise RequestError(f"drafting {tokens} tokens a round is not possible; use 1 or more, or no drafter")
         if ngram < 1:
@@ -84,15 +86,21 @@ class Lookup:
 
     def propose(self, rows: Rows, tokens: int) -> Draft:
         """Copies for every row what it finds; rows that find less stop earlier."""
-        self._contexts = {key: self._contexts.get(key) or NgramIndex(self.ngram) for key in rows.keys}
         found = [
-            self._copy(self._contexts[key], ids, start, min(tokens, self.tokens))
+            self._copy(self._contexts.setdefault(key, NgramIndex(self.ngram)), ids, start, min(tokens, self.tokens))
             for key, ids, start in zip(rows.keys, rows.ids, rows.starts, strict=True)
         ]
         width = max(map(len, found))
-        padded = torch.tensor([f + [0] * (width - len(f)) for f in found], dtype=torch.long)
+        # padding is run like any token, so it is one that the row has already
+        padded = torch.tensor(
+            [f + ids[-1:] * (width - len(f)) for f, ids in zip(found, rows.ids, strict=True)], dtype=torch.long
+        )
         lengths = torch.tensor([len(f) for f in found])
         return Draft(padded.to(rows.last.device), lengths=lengths.to(rows.last.device))
+
+    def leave(self, key: int) -> None:
+        """Forgets the row's index."""
+        self._contexts.pop(key, None)
 
     def observe(self, rows: Rows, draft: Draft, outcome: Outcome) -> None:
         """Nothing to learn: the context itself is the memory."""

@@ -11,17 +11,14 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from operator import index
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
-
-from layerskip.decode.acceptance import Acceptance
 from layerskip.decode.batch import Batch
 from layerskip.decode.draft import Drafter
 from layerskip.decode.drafters import Assistant, EarlyExit, Lookup
-from layerskip.decode.logprobs import TokenLogprob
 from layerskip.decode.pool import Pool
 from layerskip.decode.randomness import new_seed, sample_seed
 from layerskip.decode.request import Request, Round
@@ -29,127 +26,17 @@ from layerskip.decode.sampling import Sampling
 from layerskip.decode.scoring import ExitScore, score
 from layerskip.decode.text import TextStream
 from layerskip.decode.text import Tokenizer as TextTokenizer
-from layerskip.errors import CheckpointError, RequestError, suggest
+from layerskip.errors import CapacityError, LayerSkipError, RequestError, check_whole, suggest
+from layerskip.llm.completion import Chunk, Completion, Mode, Stream
+from layerskip.llm.prompts import Prompt, is_one, plain
+from layerskip.llm.tokenizer import load_tokenizer
 from layerskip.model import checkpoint
 from layerskip.model.decoder import Decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Prompt = str | Sequence[int]
-"""A text, or the token ids of one."""
-
-Mode = Literal["exact", "lossy"]
-
 DRAFTERS = ("none", "early-exit", "lookup", "assistant")
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """What one completion gained in one round.
-
-    Args:
-        index: which completion, in the order of the prompts, the n samples of a prompt side by side.
-        text: text that became certain; may be empty while a character or a possible stop string is open.
-        accepted_text: the leading part of `text` that came with accepted drafted tokens; the rest is the model's own
-            token.
-        tokens: ids emitted.
-        accepted: how many of them were drafted.
-        drafted: ids drafted in this round, kept or not.
-        depths: the place of each drafted id within the draft, from 0.
-        logprobs: per token, where asked for.
-        finish_reason: None while it goes on; "stop" or "length" in the last chunk.
-        stop: the stop string that ended it.
-        seconds: seconds of the round spent in draft, verify and rest; its rows share them.
-    """
-
-    index: int
-    text: str
-    accepted_text: str
-    tokens: list[int]
-    accepted: int
-    drafted: list[int]
-    depths: list[int]
-    logprobs: list[TokenLogprob] | None
-    finish_reason: str | None
-    stop: str | None
-    seconds: tuple[float, float, float]
-
-
-@dataclass
-class Completion:
-    """What was generated for one prompt.
-
-    Args:
-        prompt: ids of the prompt.
-        text: the text; prompt text and this one read on without a seam.
-        tokens: ids generated, an ending end-of-sequence id included.
-        finish_reason: "stop" (end of sequence or stop string) or "length"; None for what was interrupted.
-        stop: the stop string that ended it.
-        logprobs: the model's own log-probabilities of the tokens, where asked for: raw, before temperature and
-            penalties.
-        prompt_logprobs: the same for the prompt from its second token on.
-        acceptance: counts and seconds of its rounds.
-        mode: "exact" where the text has the law of the full model, "lossy" for plain early exit.
-    """
-
-    prompt: list[int]
-    mode: Mode
-    text: str = ""
-    tokens: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-    stop: str | None = None
-    logprobs: list[TokenLogprob] | None = None
-    prompt_logprobs: list[TokenLogprob] | None = None
-    acceptance: Acceptance = field(default_factory=Acceptance)
-
-    def add(self, chunk: Chunk) -> None:
-        """Takes up what one round brought."""
-        self.text += chunk.text
-        self.tokens += chunk.tokens
-        self.finish_reason, self.stop = chunk.finish_reason, chunk.stop
-        if chunk.logprobs is not None:
-            self.logprobs = (self.logprobs or []) + chunk.logprobs
-        self.acceptance.add(
-            drafted=len(chunk.drafted),
-            accepted=chunk.accepted,
-            emitted=len(chunk.tokens),
-            drafted_depths=chunk.depths,
-        )
-        draft, verify, rest = chunk.seconds
-        self.acceptance.draft_seconds += draft
-        self.acceptance.verify_seconds += verify
-        self.acceptance.rest_seconds += rest
-
-
-class Stream(Iterator[Chunk]):
-    """Rounds of one call, as chunks. Iterate it; `completions` holds what has come so far.
-
-    Closing it, or an exception while it runs, leaves the model usable.
-    """
-
-    def __init__(self, chunks: Iterator[Chunk], completions: list[Completion]) -> None:
-        self.completions = completions
-        self._chunks = chunks
-
-    def __next__(self) -> Chunk:
-        return next(self._chunks)
-
-    def close(self) -> None:
-        """Ends generation now and frees its rows."""
-        self._chunks.close()  # type: ignore[attr-defined]  # always the generator of LLM.stream
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
 
 class LLM:
@@ -195,7 +82,7 @@ class LLM:
         n: int = 1,
         max_tokens: int = 256,
         min_tokens: int = 0,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         ignore_eos: bool = False,
         logprobs: int | None = None,
         prompt_logprobs: bool = False,
@@ -205,11 +92,12 @@ class LLM:
         Args:
             prompt: a text or its token ids, or a list of such.
             draft: what drafts: `EarlyExit(3)`, `Lookup()`, `llm.assistant(path)`, or the same in words as on the
-                command line ("early-exit:3", "lookup", "assistant:PATH"). None decodes plainly. Changes speed only.
+                command line ("early-exit:3", "lookup", "assistant:PATH", which is loaded anew). None decodes plainly.
+                Changes speed only.
             exit: stop after so many layers: plain early exit, lossy. None uses all layers.
             sampling: how tokens are chosen; None is greedy.
             n: samples per prompt.
-            max_tokens: tokens generated at most; the context may end it sooner.
+            max_tokens: tokens generated at most; the context may end it sooner. The cache is made for all of them.
             min_tokens: neither end of sequence nor stop string before so many.
             stop: strings that end the text; they are left out of it.
             ignore_eos: go on after end of sequence.
@@ -222,7 +110,8 @@ class LLM:
         Raises:
             RequestError: an argument cannot be served.
             CapacityError: the cache does not fit in memory.
-            NumericalError: the model's logits are not finite.
+            NumericalError: the model's logits are not finite. The other rows are finished first; what there is of all
+                of them is in the error's `completions`.
         """
         stream = self.stream(
             prompt,
@@ -237,10 +126,14 @@ class LLM:
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
         )
-        with stream:
-            for _ in stream:
-                pass
-        return stream.completions[0] if n == 1 and is_one(prompt) else stream.completions
+        try:
+            with stream:
+                for _ in stream:
+                    pass
+        except LayerSkipError as error:
+            error.completions = stream.completions
+            raise
+        return stream.completions[0] if n == 1 and is_one(plain(prompt)) else stream.completions
 
     def stream(
         self,
@@ -252,7 +145,7 @@ class LLM:
         n: int = 1,
         max_tokens: int = 256,
         min_tokens: int = 0,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         ignore_eos: bool = False,
         logprobs: int | None = None,
         prompt_logprobs: bool = False,
@@ -263,10 +156,13 @@ class LLM:
         Returns:
             A `Stream` of chunks, one per row and round.
         """
+        check_whole("n", n)
         if n < 1:
             raise RequestError(f"n {n} is not possible; use 1 or more samples")
         sampling = sampling or Sampling()
         requests = []
+        if not isinstance(sampling, Sampling):
+            raise RequestError(f"sampling {sampling!r} is not possible; use layerskip.Sampling(...)")
         for ids in self.encode_all(prompt):
             seed = new_seed() if sampling.seed is None else sampling.seed
             for sample in range(n):
@@ -281,7 +177,7 @@ class LLM:
                         prompt_logprobs=prompt_logprobs,
                     )
                 )
-        stops = [stop] if isinstance(stop, str) else list(stop)
+        stops = [stop] if isinstance(stop, str) else list(stop or ())
         drafter = self.drafter(draft) if isinstance(draft, str) else self._with_ids(draft)
         with self._lock:
             if self._pool is None:
@@ -304,26 +200,48 @@ class LLM:
     ) -> Iterator[Chunk]:
         waiting = deque(range(len(requests)))
         index: dict[int, int] = {}
+        error: LayerSkipError | None = None
         try:
             while waiting or len(batch):
+                chunks = []
                 with self._lock:
-                    joining = [waiting.popleft() for _ in range(min(len(waiting), self.max_batch - len(batch)))]
-                    for key, i in zip(batch.join([requests[i] for i in joining]), joining, strict=True):
+                    for key, i in self._join(batch, waiting, requests):
                         index[key] = i
                         completions[i].prompt_logprobs = batch.prompt_logprobs(key)
-                    rounds = batch.round()
-                    chunks = [self._chunk(batch, done, index[done.key], texts[index[done.key]]) for done in rounds]
+                    for done in batch.round():
+                        if done.error is not None:
+                            error = error or done.error
+                            completions[index[done.key]].finish_reason = "error"
+                        else:
+                            chunks.append(self._chunk(batch, done, index[done.key], texts[index[done.key]]))
                 for chunk in chunks:
                     completions[chunk.index].add(chunk)
                 yield from chunks
+            if error is not None:
+                raise error
         finally:
             with self._lock:
                 batch.close()
 
+    def _join(self, batch: Batch, waiting: deque[int], requests: Sequence[Request]) -> Iterator[tuple[int, int]]:
+        """Lets in as many of the waiting requests as there are rows and memory for; yields (key, request)."""
+        room = min(len(waiting), self.max_batch - len(batch))
+        while room:
+            joining = [waiting[i] for i in range(room)]
+            try:
+                keys = batch.join([requests[i] for i in joining])
+            except CapacityError:
+                # fewer side by side; a single one waits for those that run
+                if room == 1 and not len(batch):
+                    raise
+                room //= 2
+                continue
+            for key in keys:
+                yield key, waiting.popleft()
+            return
+
     def _chunk(self, batch: Batch, done: Round, index: int, text: TextStream) -> Chunk:
         """Turns a round into text; a stop string found ends the row there."""
-        if done.error is not None:
-            raise done.error
         visible = done.tokens[:-1] if done.finish == "stop" else done.tokens  # an end-of-sequence id is no text
         first = text.push(visible[: done.accepted])
         second = text.push(visible[done.accepted :])
@@ -360,8 +278,9 @@ class LLM:
         Raises:
             RequestError: an empty prompt for a tokenizer without BOS, or a text that is not valid Unicode.
         """
+        prompt = plain(prompt)
         if not isinstance(prompt, str):
-            ids = [int(token) for token in prompt]
+            ids = [index(token) for token in prompt]
         else:
             try:
                 prompt.encode()
@@ -378,6 +297,7 @@ class LLM:
 
     def encode_all(self, prompt: Prompt | Sequence[Prompt]) -> list[list[int]]:
         """Token ids of one prompt or of several. Raises RequestError where there is none, or one cannot be encoded."""
+        prompt = plain(prompt)
         if is_one(prompt):
             return [self.encode(prompt)]  # type: ignore[arg-type]  # is_one says so
         if not prompt:
@@ -417,7 +337,7 @@ class LLM:
         """`score` at several exits (None is all of them) in one pass."""
         ids = self.encode(text)
         with self._lock:
-            return score(self.decoder, ids, exits=exits or range(1, self.decoder.shape.layers + 1))
+            return score(self.decoder, ids, exits=range(1, self.decoder.shape.layers + 1) if exits is None else exits)
 
     # -- drafters
 
@@ -476,99 +396,3 @@ class LLM:
             ids = self.tokenizer(draft.predicted, add_special_tokens=False)["input_ids"]
             return Lookup(tokens=draft.tokens, ngram=draft.ngram, predicted=ids)
         return draft
-
-
-def load(
-    path_or_id: str | Path,
-    *,
-    dtype: torch.dtype | str | None = None,
-    device: torch.device | str | None = None,
-    revision: str | None = None,
-    token: str | None = None,
-    max_batch: int = 16,
-) -> LLM:
-    """Loads a Hugging Face checkpoint.
-
-    Args:
-        path_or_id: a folder, or a hub id.
-        dtype: element type to hold the weights in ("bfloat16" or `torch.bfloat16`); None is the checkpoint's own.
-        device: None is "cuda" where there is one, else "cpu".
-        revision: of a hub id.
-        token: for private and gated hub models.
-        max_batch: rows that decode side by side.
-
-    Raises:
-        CheckpointError: it cannot be loaded; names the file and what is wrong with it.
-        RequestError: unknown dtype or device.
-    """
-    kind, place = as_dtype(dtype), as_device(device)
-    folder = checkpoint.find(path_or_id, revision=revision, token=token)
-    decoder = checkpoint.load_decoder(folder, dtype=kind, device=place)
-    tokenizer = load_tokenizer(folder)
-    return LLM(
-        decoder,
-        tokenizer,
-        eos=end_tokens(folder, tokenizer, vocab=decoder.shape.vocab),
-        name=str(path_or_id),
-        max_batch=max_batch,
-    )
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint folder, as transformers loads it.
-
-    Raises:
-        CheckpointError: there is none, or it cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    files = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-    if not any((folder / name).is_file() for name in files):
-        raise CheckpointError(f"{folder} has no tokenizer; it needs one of {', '.join(files)}")
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"the tokenizer of {folder} cannot be loaded: {reason}") from error
-    return tokenizer
-
-
-def end_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase, *, vocab: int) -> list[int]:
-    """Every end-of-sequence id that generation_config.json or config.json names, else the tokenizer's."""
-    found: list[int] = []
-    for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file():
-            ids = checkpoint.read_json(folder / name).get("eos_token_id")
-            found += ids if isinstance(ids, list) else [] if ids is None else [ids]
-    if not found and tokenizer.eos_token_id is not None:
-        found = [int(tokenizer.eos_token_id)]
-    # configurations name ids that the vocabulary has not (padding of another release): they cannot come up
-    return sorted({int(token) for token in found if 0 <= int(token) < vocab})
-
-
-def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """The element type a name means; None and "auto" are the checkpoint's own. Raises RequestError for others."""
-    if dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype):
-        return None if dtype == "auto" else dtype  # type: ignore[return-value]
-    if dtype not in DTYPES:
-        raise RequestError(f"unknown dtype {dtype!r}; use auto, {', '.join(DTYPES)}{suggest(dtype, DTYPES)}")
-    return DTYPES[dtype]
-
-
-def as_device(device: torch.device | str | None) -> torch.device:
-    """The device a name means; None and "auto" are a GPU where there is one. Raises RequestError for one that is not
-    there."""
-    if device is None or device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise RequestError(f"unknown device {device!r}; use auto, cpu or cuda") from error
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise RequestError(f"device {device} is not here: torch sees no GPU; use cpu")
-    return place
-
-
-def is_one(prompt: Prompt | Sequence[Prompt]) -> bool:
-    """Whether this is one prompt (a text, or token ids) rather than a list of prompts."""
-    return isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], int))

@@ -1,0 +1,81 @@
+"""Text in, text out: `load` a checkpoint and generate with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from layerskip.errors import RequestError, suggest
+from layerskip.llm.completion import Chunk, Completion, Stream
+from layerskip.llm.model import LLM
+from layerskip.llm.tokenizer import end_tokens, load_tokenizer
+from layerskip.model import checkpoint
+
+__all__ = ["LLM", "Chunk", "Completion", "Stream", "load"]
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def load(
+    path_or_id: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    max_batch: int = 16,
+) -> LLM:
+    """Loads a Hugging Face checkpoint.
+
+    Args:
+        path_or_id: a folder, or a hub id.
+        dtype: element type to hold the weights in ("bfloat16" or `torch.bfloat16`); None is the checkpoint's own.
+        device: None is "cuda" where there is one, else "cpu".
+        revision: of a hub id.
+        token: for private and gated hub models.
+        max_batch: rows that decode side by side.
+
+    Raises:
+        CheckpointError: it cannot be loaded; names the file and what is wrong with it.
+        RequestError: unknown dtype or device.
+    """
+    kind, place = as_dtype(dtype), as_device(device)
+    folder = checkpoint.find(path_or_id, revision=revision, token=token)
+    decoder = checkpoint.load_decoder(folder, dtype=kind, device=place)
+    tokenizer = load_tokenizer(folder)
+    return LLM(
+        decoder,
+        tokenizer,
+        eos=end_tokens(folder, tokenizer, vocab=decoder.shape.vocab),
+        name=str(path_or_id),
+        max_batch=max_batch,
+    )
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The element type a name means; None and "auto" are the checkpoint's own. Raises RequestError for others."""
+    if dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype):
+        return None if dtype == "auto" else dtype  # type: ignore[return-value]
+    if dtype not in DTYPES:
+        raise RequestError(f"unknown dtype {dtype!r}; use auto, {', '.join(DTYPES)}{suggest(dtype, DTYPES)}")
+    return DTYPES[dtype]
+
+
+def as_device(device: torch.device | str | None) -> torch.device:
+    """The device a name means; None and "auto" are a GPU where there is one. Raises RequestError for one that is not
+    there."""
+    if device is None or device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise RequestError(f"unknown device {device!r}; use auto, cpu or cuda") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise RequestError(f"device {device} is not here: torch sees no GPU; use cpu")
+    return place
