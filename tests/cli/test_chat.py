@@ -11,7 +11,7 @@ import pytest
 
 import layerskip
 from layerskip.cli import app, chat
-from layerskip.decode import batch
+from layerskip.decode import batch, joining
 
 SETTINGS = ("--max-tokens", 6, "--ignore-eos")
 
@@ -48,13 +48,13 @@ def test_system_draft_reset_and_quit(run: Any, tiny_checkpoint: Path) -> None:
 
 def test_conversation_is_not_run_twice(run: Any, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[tuple[int, int]] = []
-    prefill = batch.prefill
+    prefill = joining.prefill
 
     def spy(*arguments: Any, **settings: Any) -> None:
         ran.append((settings["starts"][0], len(settings["ids"][0])))
         prefill(*arguments, **settings)
 
-    monkeypatch.setattr(batch, "prefill", spy)
+    monkeypatch.setattr(joining, "prefill", spy)
     run("chat", "-m", tiny_checkpoint, *SETTINGS, input="the quick brown fox\nthe dog\n")
     (start, first), (again, second) = ran
     assert start == 0

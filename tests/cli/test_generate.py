@@ -15,7 +15,7 @@ import pytest
 
 import layerskip
 from layerskip.cli import app
-from layerskip.decode import batch
+from layerskip.decode import batch, joining
 
 STORY = (
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
@@ -231,13 +231,13 @@ def test_neither_run_spares_the_other_its_prompt(
     run: Any, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[tuple[int, int]] = []
-    prefill = batch.prefill
+    prefill = joining.prefill
 
     def spy(*arguments: Any, **settings: Any) -> None:
         ran.append((settings["starts"][0], len(settings["ids"][0])))
         prefill(*arguments, **settings)
 
-    monkeypatch.setattr(batch, "prefill", spy)
+    monkeypatch.setattr(joining, "prefill", spy)
     arguments = ("--max-tokens", 2, "--draft", "early-exit:1", "--compare")
     run("generate", "the quick brown fox", "-m", tiny_checkpoint, *arguments)
     known = len(layerskip.load(tiny_checkpoint).encode("the quick brown fox")) - 1

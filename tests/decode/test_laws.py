@@ -6,6 +6,7 @@ little, so that early exits are right often and wrong often; the grid checks tha
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -735,3 +736,20 @@ def test_plain_decoding_runs_each_position_once(
         assert counts == [len(PROMPTS[0]) + N - 1] * 4
         generate(llama.decoder, [Request(PROMPTS[0], N)], exit=3)
     assert [b - a for a, b in pairwise(counts)] == [0, 0, -(len(PROMPTS[0]) + N - 1)]
+
+
+def test_a_drafter_that_fails_when_a_row_ends_leaves_no_row_behind(llama: Any) -> None:
+    class Fails(EarlyExit):
+        def observe(self, rows: Any, draft: Any, outcome: Any) -> None:
+            raise RuntimeError("observed")
+
+    batch = Batch(llama.decoder, Pool(llama.decoder.cache(rows=1, slots=16)), drafter=Fails(1, tokens=2))
+    batch.join([Request(PROMPTS[0], 5), Request(PROMPTS[1], 1)])
+    with pytest.raises(RuntimeError, match="observed"):
+        batch.round()
+    assert len(batch) == 1  # the row that ended is gone
+    for _ in range(5):
+        with suppress(RuntimeError):
+            batch.round()
+    assert not len(batch)
+    assert not any(row.taken for row in batch.pool.rows)

@@ -16,36 +16,23 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
 
 import torch
 from torch import Tensor
 
 from layerskip.decode.draft import Draft, Drafter, Outcome, Rows
+from layerskip.decode.joining import Row, run_prompts
 from layerskip.decode.logprobs import TokenLogprob, rank
 from layerskip.decode.numerics import diagnose
-from layerskip.decode.pool import Pool, common_prefix
-from layerskip.decode.prefill import prefill, row_index
-from layerskip.decode.randomness import Purpose, new_seed
+from layerskip.decode.pool import Pool
+from layerskip.decode.prefill import row_index
+from layerskip.decode.randomness import Purpose
 from layerskip.decode.request import Request, Round, Seconds, cut
 from layerskip.decode.sampling import Law
 from layerskip.decode.tree import node_depths, tree_mask
 from layerskip.decode.verify import Uniforms, Verdict, verify_chain, verify_tree
 from layerskip.errors import LayerSkipError, RequestError, check_whole
 from layerskip.model.decoder import Decoder
-
-_keys = count()
-
-
-@dataclass
-class _Row:
-    key: int
-    request: Request
-    ids: list[int]
-    row: int
-    seed: int
-    limit: int  # tokens it may know at most
-    prompt_logprobs: list[TokenLogprob] | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +87,7 @@ class Batch:
                 raise RequestError(f"draft {drafter!r} is not a drafter; use one such as layerskip.EarlyExit(3)")
             drafter.check(decoder, exit=self.exit)
         self.decoder, self.pool, self.drafter = decoder, pool, drafter
-        self._rows: list[_Row] = []
+        self._rows: list[Row] = []
         self._law: Law | None = None
 
     def __len__(self) -> int:
@@ -126,15 +113,8 @@ class Batch:
             return []
         for request in requests:
             self.check(request)
-        self.pool.make_room(rows=len(requests), slots=max(self._limit(r) for r in requests) + self._margin)
-        joined: list[_Row] = []
-        try:
-            while len(joined) < len(requests):
-                joined += self._join_wave(requests[len(joined) :])
-        except BaseException:
-            for row in joined:
-                self.pool.give_back(row.row)
-            raise
+        margin = self.drafter.tokens if self.drafter is not None else 0
+        joined = run_prompts(self.decoder, self.pool, requests, depth=self.exit, margin=margin)
         self._rows += joined
         self._law = None
         return [row.key for row in joined]
@@ -174,15 +154,16 @@ class Batch:
             for b, again in self._undrafted([b for b, f in enumerate(found) if f.poisoned]):
                 found[b] = again
         rounds, outcome = self._settle(rows, draft, scored, found)
-        verified = time.perf_counter()
-        if self.drafter is not None and draft.tokens.shape[1]:
-            self.drafter.observe(rows, draft, outcome)
         for row, done in zip(list(self._rows), rounds, strict=True):
             if done.error is not None:
                 self._take_out(row)
                 self.pool.forget(row.row)
             elif done.finish:
                 self.leave(row.key)
+        verified = time.perf_counter()
+        # last, so that a drafter that fails here finds the rows in order
+        if self.drafter is not None and draft.tokens.shape[1]:
+            self.drafter.observe(rows, draft, outcome)
         seconds = Seconds(drafted - began, verified - drafted, time.perf_counter() - verified)
         return [replace(done, seconds=seconds) for done in rounds]
 
@@ -201,74 +182,9 @@ class Batch:
                 raise RequestError(f"token {token} is outside the vocabulary; use 0..{shape.vocab - 1}")
         Law([request.sampling], shape.vocab, ids=[request.ids])
 
-    @property
-    def _margin(self) -> int:
-        """Slots that a draft needs beyond the last token."""
-        return self.drafter.tokens if self.drafter is not None else 0
-
-    def _limit(self, request: Request) -> int:
-        """Tokens a row may know at most."""
-        return min(len(request.ids) + request.max_tokens, self.decoder.shape.context)
-
-    def _join_wave(self, requests: Sequence[Request]) -> list[_Row]:
-        """Joins leading requests until one shares a long prefix with a prompt that is still to be run."""
-        wave: list[_Row] = []
-        starts: list[int] = []
-        try:
-            for request in requests:
-                known = list(request.ids[:-1])
-                if self._better_to_wait(known, wave):
-                    break
-                limit = self._limit(request)
-                row, start = self.pool.claim(
-                    known, depth=self.exit, slots=limit + self._margin, reuse=not request.prompt_logprobs
-                )
-                seed = new_seed() if request.sampling.seed is None else request.sampling.seed
-                wave.append(_Row(next(_keys), request, list(request.ids), row, seed & (2**63 - 1), limit))
-                starts.append(start)
-            self._prefill(wave, starts)
-        except BaseException:
-            for joined in wave:
-                self.pool.give_back(joined.row)
-            raise
-        return wave
-
-    def _better_to_wait(self, known: Sequence[int], wave: Sequence[_Row]) -> bool:
-        """Whether a prompt about to be run would spare this one more than running both side by side does."""
-        coming = max((common_prefix(row.ids[:-1], known) for row in wave), default=0)
-        return coming >= 16 and coming > self.pool.shared(known, depth=self.exit)
-
-    def _prefill(self, wave: Sequence[_Row], starts: Sequence[int]) -> None:
-        for row in wave:
-            if row.request.prompt_logprobs:
-                row.prompt_logprobs = []
-
-        def each(indices: list[int], at: Tensor, hidden: Tensor) -> None:
-            for b, i in enumerate(indices):
-                row = wave[i]
-                if row.prompt_logprobs is None:
-                    continue
-                first = int(at[b, 0])
-                following = row.ids[first + 1 : first + 1 + at.shape[1]]
-                logits = self.decoder.logits(hidden[b, : len(following)])
-                row.prompt_logprobs += rank(logits, following, row.request.logprobs or 0)
-
-        known = [row.ids[:-1] for row in wave]
-        prefill(
-            self.decoder,
-            self.pool.cache,
-            rows=[row.row for row in wave],
-            ids=known,
-            starts=starts,
-            depth=self.exit,
-            each=each if any(row.request.prompt_logprobs for row in wave) else None,
-        )
-        for row, ids in zip(wave, known, strict=True):
-            self.pool.hold(row.row, ids, depth=self.exit)
-
     # -- one round
 
-    def _view(self, rows: Sequence[_Row]) -> Rows:
+    def _view(self, rows: Sequence[Row]) -> Rows:
         device = self.decoder.device
         whole = len(rows) == len(self._rows)
         law = self._law if whole else None
@@ -366,7 +282,9 @@ class Batch:
     def _undrafted(self, rows: Sequence[int]) -> Iterator[tuple[int, _Found]]:
         """Runs rows again without their draft: a token that was only drafted may be what has no finite numbers.
 
-        What holds one poisons the row's attention even where it is masked (0 x NaN), so it is wiped first.
+        What holds one poisons the row's attention even where it is masked (0 x NaN), so it is wiped first. (A drawn
+        draft is thrown away here because of a token it held: such a row keeps the target's law only for chosen drafts.
+        A model with numbers like that is broken; this keeps its other tokens usable.)
         """
         if not rows:
             return
@@ -405,20 +323,20 @@ class Batch:
         rows.law.extend(outcome.emitted)
         return rounds, outcome
 
-    def _diagnose(self, row: _Row, logits: Tensor) -> LayerSkipError:
+    def _diagnose(self, row: Row, logits: Tensor) -> LayerSkipError:
         if not bool(logits.isnan().any() | (logits == torch.inf).any()):
             return RequestError(
                 f"no token is allowed after {len(row.ids)} tokens: bans, biases or processors exclude them all"
             )
         return diagnose(self.decoder, row.ids, depth=self.exit)
 
-    def _take_out(self, row: _Row) -> None:
+    def _take_out(self, row: Row) -> None:
         self._rows.remove(row)
         self._law = None
         if self.drafter is not None:
             self.drafter.leave(row.key)
 
-    def _find(self, key: int) -> _Row:
+    def _find(self, key: int) -> Row:
         for row in self._rows:
             if row.key == key:
                 return row

@@ -93,6 +93,6 @@ def cut(tokens: list[int], request: Request, known: int, limit: int) -> tuple[li
     for i, token in enumerate(tokens):
         if token in request.eos and generated + i + 1 > request.min_tokens:
             return tokens[: i + 1], "stop"
-        if known + i + 1 == limit:
+        if known + i + 1 >= limit:
             return tokens[: i + 1], "length"
     return tokens, None
