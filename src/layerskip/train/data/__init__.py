@@ -1,0 +1,62 @@
+"""Data for training: files and data sets in, token batches out.
+
+    read(Source(...)) -> hold_out -> encode -> pack or cut_stream -> Shuffled or LengthBuckets -> Packed or Padded
+
+Importing it loads torch and tokenizers; `datasets` only where a data set is read.
+"""
+
+from layerskip.train.data.encoding import IGNORE, Encoded, Limits, Row, Rows, encode
+from layerskip.train.data.examples import Chat, Document, Example, Pair, Turn, digest, hold_out
+from layerskip.train.data.order import LengthBuckets, Shuffled, padding_share, permutation
+from layerskip.train.data.packing import Batch, Packed, Padded, StreamedRows, block_diagonal, cut_stream, pack
+from layerskip.train.data.sources import Reading, Source, find_files, iterate, read
+from layerskip.train.data.tokenizers import train_tokenizer
+from layerskip.train.data.topv2 import (
+    Tree,
+    exact_match,
+    parse_tree,
+    template,
+    topv2_statistics,
+    topv2_tokenizer,
+    well_formed,
+)
+
+__all__ = [
+    "IGNORE",
+    "Batch",
+    "Chat",
+    "Document",
+    "Encoded",
+    "Example",
+    "LengthBuckets",
+    "Limits",
+    "Packed",
+    "Padded",
+    "Pair",
+    "Reading",
+    "Row",
+    "Rows",
+    "Shuffled",
+    "Source",
+    "StreamedRows",
+    "Tree",
+    "Turn",
+    "block_diagonal",
+    "cut_stream",
+    "digest",
+    "encode",
+    "exact_match",
+    "find_files",
+    "hold_out",
+    "iterate",
+    "pack",
+    "padding_share",
+    "parse_tree",
+    "permutation",
+    "read",
+    "template",
+    "topv2_statistics",
+    "topv2_tokenizer",
+    "train_tokenizer",
+    "well_formed",
+]

@@ -1,0 +1,372 @@
+"""Layer dropout: at which rates, which rows, and how they leave a layer's computation.
+
+x_{l+1} = x_l + M f_l(x_l), where M is 0 for a dropped row; f_l is the whole layer, and nothing is rescaled by 1/(1-p)
+(LayerSkip, Elhoushi et al., ACL 2024, section 4.1.1). Knows a decoder's layers and the key of a draw; knows no loss, no
+trainer and no process group. Randomness is counter-based: a draw depends on (seed, step, micro-step, layer, rank) and
+on nothing that ran before. Sizes: L layers, B rows, T positions, D width.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import Cache
+
+from layerskip.errors import RequestError, suggest
+from layerskip.train.parts import parts
+
+DEPTHS = ("exponential", "linear", "uniform", "step")
+TIMES = ("constant", "exponential")
+
+
+def depth_profile(kind: str, layers: int) -> tuple[float, ...]:
+    """D(l), by which a layer's rate is multiplied; 1 at the last layer (also where it is the only one).
+
+    "exponential" (the paper's): exp(l ln2 / (L-1)) - 1; "linear": l / (L-1); "uniform": 1; "step": 0 in the lower half
+    of the layers, 1 in the upper.
+
+    Raises:
+        RequestError: unknown kind, or no layers.
+
+    Example:
+        >>> [round(scale, 3) for scale in depth_profile("exponential", 4)]
+        [0.0, 0.26, 0.587, 1.0]
+        >>> depth_profile("step", 5)
+        (0.0, 0.0, 0.0, 1.0, 1.0)
+    """
+    _check_kind("depth", kind, DEPTHS)
+    if layers < 1:
+        raise RequestError(f"{layers} layers are not possible; use 1 or more")
+    if layers == 1 or kind == "uniform":
+        return (1.0,) * layers
+    if kind == "step":
+        return tuple(float(2 * layer >= layers) for layer in range(layers))
+    part = [layer / (layers - 1) for layer in range(layers)]
+    return tuple(part) if kind == "linear" else tuple(_doubling(x) for x in part)
+
+
+def time_scale(kind: str, *, step: int, total_steps: int) -> float:
+    """S(t), by which all rates are multiplied at a step.
+
+    "constant": 1, for continual pretraining and finetuning; "exponential", from scratch: exp(t ln2 / (T-1)) - 1, from 0
+    at the first step to 1 at the last (also where it is the only one).
+
+    Args:
+        kind: one of `TIMES`.
+        step: t, optimizer steps done, 0..T-1.
+        total_steps: T.
+
+    Raises:
+        RequestError: unknown kind, or a step outside 0..T-1.
+
+    Example:
+        >>> [round(time_scale("exponential", step=t, total_steps=3), 3) for t in range(3)]
+        [0.0, 0.414, 1.0]
+    """
+    _check_kind("time", kind, TIMES)
+    if not 0 <= step < total_steps:
+        raise RequestError(f"step {step} is not inside a run of {total_steps} steps; use 0..{total_steps - 1}")
+    return 1.0 if kind == "constant" or total_steps == 1 else _doubling(step / (total_steps - 1))
+
+
+def rates(
+    layers: int,
+    *,
+    p_max: float,
+    depth: str = "exponential",
+    time: str = "constant",
+    step: int = 0,
+    total_steps: int = 1,
+) -> tuple[float, ...]:
+    """p(l, t) = S(t) D(l) p_max of every layer: the chance that a row leaves it.
+
+    Args:
+        layers: L.
+        p_max: the last layer's rate where S is 1, in [0, 1).
+        depth: D, one of `DEPTHS`.
+        time: S, one of `TIMES`.
+        step: optimizer steps done.
+        total_steps: T.
+
+    Raises:
+        RequestError: p_max outside [0, 1), an unknown kind, or a step outside the run.
+
+    Example:
+        >>> [round(rate, 3) for rate in rates(4, p_max=0.2)]
+        [0.0, 0.052, 0.117, 0.2]
+    """
+    if not 0 <= p_max < 1:
+        raise RequestError(f"p_max {p_max} is not possible; use 0 (no dropout) or more, below 1")
+    scale = time_scale(time, step=step, total_steps=total_steps)
+    return tuple(scale * part * p_max for part in depth_profile(depth, layers))
+
+
+def dropped_rows(rate: float, rows: int, *, seed: int, step: int, micro_step: int, layer: int, rank: int) -> list[int]:
+    """The rows that leave a layer, in order.
+
+    How many is Binomial(rows, rate), drawn from (seed, step, micro_step, layer) alone, so that every data-parallel rank
+    with as many rows drops the same number; which ones is drawn from the rank too.
+
+    Args:
+        rate: chance of each row, in [0, 1).
+        rows: B.
+        seed: of the run, 0 or more.
+        step: optimizer steps done.
+        micro_step: accumulated batches done inside the step.
+        layer: index from 0.
+        rank: data-parallel rank.
+    """
+    counter = (0, layer, micro_step, step)
+    number = int((_uniform(rows, key=(seed, 0), counter=counter) < rate).sum())
+    order = np.argsort(_uniform(rows, key=(seed, 1 + rank), counter=counter), kind="stable")
+    return sorted(order[:number].tolist())
+
+
+class LayerDropout:
+    """Layer dropout on the layers of a transformers causal language model.
+
+    In training, the rows dropped at a layer leave the batch: every argument with one entry per row (masks, position
+    ids, position embeddings; inside tuples too) loses theirs, the layer runs on the rest, and its output is put back
+    among the untouched rows. Where all rows drop, one runs and counts with weight zero, so that every parameter keeps a
+    gradient (FSDP and DDP wait for it). In evaluation, and where the rate is 0, a layer is called as if this did not
+    exist.
+
+    It replaces `layer.forward` on the instances: parameters, state dict keys and module hooks stay, and activation
+    checkpointing recomputes inside, on the rows that were kept. A layer whose rate is above 0 never fills a cache: the
+    empty one transformers makes by default is withheld from it, one with content is an error. What a layer returns
+    beside the hidden states covers the kept rows only.
+
+    Args:
+        model: as for `parts`; wrapped before or after `install`, by DDP, FSDP2 or PEFT.
+        p_max: the last layer's rate, in [0, 1).
+        depth: how the rate rises over the layers, one of `DEPTHS`.
+        time: how it rises over the run, one of `TIMES`.
+        seed: 0 or more; the same on every rank.
+        rank: data-parallel rank.
+
+    Raises:
+        RequestError: a setting out of range, or a model whose layers are not found or that drops layers itself.
+
+    Example:
+        with LayerDropout(model, p_max=0.1) as dropout:
+            for step, batch in enumerate(batches):
+                dropout.begin(step=step, micro_step=0, total_steps=len(batches))
+                model(**batch).loss.backward()
+                ...
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        p_max: float,
+        depth: str = "exponential",
+        time: str = "constant",
+        seed: int = 0,
+        rank: int = 0,
+    ) -> None:
+        found = parts(model)
+        own = getattr(found.body, "layerdrop", 0.0)  # OPT
+        if own:
+            raise RequestError(
+                f"{type(found.body).__name__} drops whole layers itself (layerdrop {own}); load it with layerdrop=0"
+            )
+        if seed < 0 or rank < 0:
+            raise RequestError(f"seed {seed} and rank {rank} are not possible together; use 0 or more for both")
+        rates(len(found.layers), p_max=p_max, depth=depth)  # checked now, not at the first step
+        _check_kind("time", time, TIMES)
+        self.p_max, self.depth, self.time, self.seed, self.rank = p_max, depth, time, seed, rank
+        self._layers = tuple(found.layers)
+        self._installed = False
+        self._rates: tuple[float, ...] | None = None  # None: the step is not known yet
+        self._step = self._micro_step = 0
+        self._counted: set[int] = set()
+        self._seen, self._dropped = [0] * len(self._layers), [0] * len(self._layers)
+
+    def install(self) -> LayerDropout:
+        """Wraps every layer's forward, and returns self.
+
+        Raises:
+            RequestError: a layer's forward was replaced already (another LayerDropout, accelerate's device hooks).
+        """
+        for index, layer in enumerate(self._layers):
+            if "forward" in layer.__dict__:
+                raise RequestError(
+                    f"layer {index} has a replaced forward already; remove the other LayerDropout or device hooks first"
+                )
+        for index, layer in enumerate(self._layers):
+            # a partial of a method, not a closure: a deep copy of the model gets a dropout of its own
+            layer.forward = functools.partial(self._forward, index, layer)
+        self._installed = True
+        return self
+
+    def remove(self) -> None:
+        """Leaves the layers as they were before `install`; does nothing where it is not installed.
+
+        Raises:
+            RequestError: somebody wrapped a layer's forward after us.
+        """
+        if not self._installed:
+            return
+        for index, layer in enumerate(self._layers):
+            if not self._is_mine(layer.__dict__.get("forward")):
+                raise RequestError(f"the forward of layer {index} was replaced after install; undo that before remove")
+        for layer in self._layers:
+            del layer.__dict__["forward"]
+        self._installed = False
+
+    def __enter__(self) -> LayerDropout:
+        return self.install()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def begin(self, *, step: int, micro_step: int, total_steps: int) -> None:
+        """Says which forward pass comes next; call it after the backward pass of the one before.
+
+        Draws stay as they are until then, so that whatever is recomputed draws the same.
+
+        Args:
+            step: optimizer steps done, 0..total_steps-1.
+            micro_step: accumulated batches done inside the step.
+            total_steps: T.
+
+        Raises:
+            RequestError: a step outside the run, or a negative micro-step.
+        """
+        if micro_step < 0:
+            raise RequestError(f"micro-step {micro_step} is not possible; use 0 or more")
+        self._rates = rates(
+            len(self._layers), p_max=self.p_max, depth=self.depth, time=self.time, step=step, total_steps=total_steps
+        )
+        self._step, self._micro_step = step, micro_step
+        self._counted.clear()
+
+    def observed(self) -> tuple[tuple[int, int], ...]:
+        """(rows seen, rows dropped) of every layer since this was last called; all zeros where p_max is 0."""
+        counts = tuple(zip(self._seen, self._dropped, strict=True))
+        self._seen, self._dropped = [0] * len(self._layers), [0] * len(self._layers)
+        return counts
+
+    def _is_mine(self, forward: object) -> bool:
+        return isinstance(forward, functools.partial) and forward.func == self._forward
+
+    # torch.compile: the layer inside is compiled, for any number of rows; what is around it, and the draw, is not.
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
+    def _forward(self, index: int, layer: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        # Looked up at every call: FSDP2 swaps the class, and a forward kept from before would not checkpoint.
+        forward = functools.partial(type(layer).forward, layer)
+        if not layer.training or not self.p_max:
+            return forward(*args, **kwargs)
+        if self._rates is None:
+            raise RequestError(
+                "layer dropout does not know its step; call begin(step=..., micro_step=..., total_steps=...) before "
+                "each forward pass in training"
+            )
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        dropped = self._draw(index, hidden)
+        if not self._rates[index]:
+            return forward(*args, **kwargs)
+        kept = sorted(set(range(hidden.shape[0])) - set(dropped))
+        # non_blocking: the host need not wait for the device. Where all rows drop, row 0 runs.
+        chosen = torch.tensor(kept or [0]).to(hidden.device, non_blocking=True) if dropped else None
+        take = functools.partial(_take, layer=index, rows=hidden.shape[0], chosen=chosen)
+        output = forward(
+            *(take(value, f"argument {place}") for place, value in enumerate(args)),
+            **{name: take(value, name) for name, value in kwargs.items()},
+        )
+        if chosen is None:
+            return output
+        if isinstance(output, tuple):
+            return (_put_back(hidden, output[0], chosen, counts=bool(kept)), *output[1:])
+        return _put_back(hidden, output, chosen, counts=bool(kept))
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _draw(self, index: int, hidden: Tensor) -> list[int]:
+        """The rows that leave this layer; counted once for each `begin`, however often a layer is recomputed."""
+        if hidden.dim() != 3:
+            raise RequestError(
+                f"layer {index} got hidden states of {hidden.dim()} dimensions; use (rows, positions, width)"
+            )
+        assert self._rates is not None
+        rate, rows = self._rates[index], hidden.shape[0]
+        key = {"seed": self.seed, "step": self._step, "micro_step": self._micro_step, "layer": index, "rank": self.rank}
+        dropped = dropped_rows(rate, rows, **key) if rate else []
+        if index not in self._counted:
+            self._counted.add(index)
+            self._seen[index] += rows
+            self._dropped[index] += len(dropped)
+        return dropped
+
+
+def _take(value: Any, name: str, *, layer: int, rows: int, chosen: Tensor | None) -> Any:
+    """An argument of a layer, for the chosen rows only; all of it where `chosen` is None.
+
+    Raises:
+        RequestError: it cannot be told which part of it belongs to which row, or it is a cache with content. Raised
+            whether or not a row drops now, so that it does not take an unlucky draw to find out.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Cache):
+        if value.get_seq_length(layer):
+            raise RequestError(
+                f"layer {layer} got a cache with content in training ({name}); pass an empty one, or use_cache=False"
+            )
+        return None
+    if isinstance(value, tuple | list):
+        return type(value)([_take(part, name, layer=layer, rows=rows, chosen=chosen) for part in value])
+    if rows == 1:  # the one row runs, whatever is drawn
+        return value
+    if not isinstance(value, Tensor):
+        given = f"a {type(value).__name__}"  # a BlockMask of flex attention
+    elif value.dim() == 0 or value.shape[0] == 1:
+        return value
+    elif value.dim() > 1 and value.shape[0] == rows:
+        if chosen is None:
+            return value
+        # what is expanded over the rows (a mask without padding) stays so, instead of being copied for each
+        return value[: len(chosen)] if value.stride(0) == 0 else value.index_select(0, chosen)
+    else:  # one dimension: positions (cu_seq_lens of flash attention), of which there can be as many as rows
+        given = f"a tensor of shape {tuple(value.shape)}"
+    raise RequestError(
+        f"layer dropout cannot take rows out of {name}, {given}, in a batch of {rows}; "
+        f"use attn_implementation 'sdpa' or 'eager', and arguments of shape ({rows} or 1, ...)"
+    )
+
+
+def _put_back(hidden: Tensor, output: Tensor, chosen: Tensor, *, counts: bool) -> Tensor:
+    """`hidden` (B, T, D) with the chosen rows replaced by `output` (n, T, D), in the dtype the layer gives.
+
+    Where the output does not count, its rows are written over again: it gets a gradient of exact zeros, and no value of
+    it, infinite or NaN, reaches the result.
+    """
+    before = hidden.to(output.dtype)
+    after = before.index_copy(0, chosen, output)
+    return after if counts else after.index_copy(0, chosen, before.index_select(0, chosen))
+
+
+def _doubling(part: float) -> float:
+    """From 0 at 0 to 1 at 1: exp(part ln2) - 1."""
+    return math.expm1(part * math.log(2)) if part < 1 else 1.0
+
+
+def _check_kind(word: str, given: str, allowed: tuple[str, ...]) -> None:
+    if given not in allowed:
+        raise RequestError(f"unknown {word} profile {given!r}; use {', '.join(allowed)}{suggest(given, allowed)}")
+
+
+def _uniform(count: int, *, key: tuple[int, int], counter: tuple[int, int, int, int]) -> NDArray[np.float64]:
+    """Numbers in [0, 1) from Philox at a place of its counter; the raw words, which numpy promises never to change."""
+    bits = np.random.Philox(key=np.array(key, dtype=np.uint64), counter=np.array(counter, dtype=np.uint64))
+    raw: NDArray[np.uint64] = np.asarray(bits.random_raw(count), dtype=np.uint64)
+    return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53

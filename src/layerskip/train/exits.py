@@ -1,0 +1,208 @@
+"""Puts the early-exit loss inside a transformers model's own forward.
+
+There, because FSDP2 gives norm and head back when the forward ends and DDP synchronises on what the forward used.
+Knows where layers, norm and head are (`parts`) and what the loss needs; knows no schedule. Nothing is added to the
+model's state: removed, it is the model it was.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from layerskip.errors import RequestError
+from layerskip.train.loss import IGNORED, ExitLoss, Teachers, cross_entropy
+from layerskip.train.parts import Parts, head_is_adapted, parts, unwrap
+
+
+class EarlyExits:
+    """Lets a causal language model return the early-exit loss when it is called with labels in training mode.
+
+    Args:
+        model: the model, plain or wrapped.
+        teachers: what the exits learn from beside the labels.
+        chunk: tokens whose logits are held at a time; None holds one exit's.
+        reference: the anchor's reference model, frozen; needed where `teachers.anchor` is set.
+
+    Raises:
+        RequestError: the model's layers, norm or head are not found, its head is adapted, or the reference is missing
+            or of another vocabulary.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        teachers: Teachers = Teachers(),  # noqa: B008  # frozen
+        chunk: int | None = None,
+        reference: nn.Module | None = None,
+    ) -> None:
+        self.causal, self.parts = unwrap(model), parts(model)
+        if head_is_adapted(self.parts):
+            raise RequestError(
+                "the head is wrapped by an adapter (LoRA): all exits share one head, and with the adapter left out or "
+                "merged later they would not be the exits that were trained; leave the head out of its target modules"
+            )
+        if teachers.anchor and reference is None:
+            raise RequestError("an anchor needs a reference model to stay close to; give one")
+        self.layers = len(self.parts.layers)
+        self.loss = ExitLoss(_norm(self.parts), self.parts.head, teachers=teachers, chunk=chunk)
+        self.reference = reference.eval().requires_grad_(False) if reference is not None else None
+        self._reference_parts = parts(reference) if reference is not None else None
+        self._check_reference()
+        self.weights: Mapping[int, float] | None = None
+        self._wanted: frozenset[int] = frozenset()
+        self.by_exit: dict[int, Tensor] = {}
+        self._states: dict[int, Tensor] = {}
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+
+    def install(self) -> EarlyExits:
+        """Wraps the model's forward and hooks its layers."""
+        if self._hooks:
+            raise RequestError("early exits are installed on this model already; remove them first")
+        for exit, layer in enumerate(self.parts.layers, start=1):
+            self._hooks.append(layer.register_forward_hook(self._keeper(exit)))
+        # wrapped, so that Trainer still reads which arguments the model takes
+        self.causal.forward = functools.wraps(self.causal.forward)(functools.partial(self._forward))
+        return self
+
+    def remove(self) -> None:
+        """Leaves the model as it was."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self.causal.__dict__.pop("forward", None)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Installed while it lasts, where it was not already: evaluation may come without training."""
+        if self._hooks:
+            yield
+            return
+        with self:
+            yield
+
+    def __enter__(self) -> EarlyExits:
+        return self.install()
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def begin(self, weights: Mapping[int, float] | None) -> None:
+        """Which exits the next forwards learn at, and their weights; None is the model's own loss."""
+        self.weights = weights
+        self._wanted = frozenset(weights or ()) - {self.layers}
+
+    def _keeper(self, exit: int) -> Any:
+        def keep(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            if exit in self._wanted:
+                self._states[exit] = output if isinstance(output, Tensor) else output[0]
+
+        return keep
+
+    def _forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        plain = type(self.causal).forward
+        if labels is None or self.weights is None or not self.causal.training:
+            return plain(self.causal, *args, labels=labels, **kwargs)
+        items = kwargs.pop("num_items_in_batch", None)
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("return_dict", "logits_to_keep")}
+        try:
+            body = self.parts_body()
+            output = body(*args, **kwargs)
+            losses = self.loss(
+                self._states,
+                output[0],
+                labels,
+                weights=self.weights,
+                items=items,
+                reference=self._anchor(args, kwargs),
+                reference_head=self._reference_parts.head if self._reference_parts is not None else None,
+            )
+        finally:
+            self._states = {}  # the graph keeps what it needs
+        self.by_exit = losses.by_exit
+        return CausalLMOutputWithPast(loss=losses.total, past_key_values=getattr(output, "past_key_values", None))
+
+    @torch.no_grad()
+    def measure(self, inputs: Mapping[str, Any]) -> dict[int, ExitQuality]:
+        """What every exit makes of a batch, without training on it.
+
+        Args:
+            inputs: the model's arguments, `labels` (B, T) among them.
+        """
+        labels = inputs["labels"]
+        others = {name: value for name, value in inputs.items() if name != "labels"}
+        wanted, self._wanted = self._wanted, frozenset(range(1, self.layers))
+        try:
+            final = self.parts_body()(**others, use_cache=False)[0]
+            learnt = F.pad(labels, (0, 1), value=IGNORED)[:, 1:] != IGNORED  # (B, T)
+            targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:][learnt]
+            best = self.parts.head(final[learnt]).argmax(-1)
+            qualities = {}
+            for exit in range(1, self.layers + 1):
+                states = final[learnt] if exit == self.layers else self.loss.norm(self._states[exit][learnt])
+                logits = self.parts.head(states).float()
+                own = logits.argmax(-1)
+                qualities[exit] = ExitQuality(
+                    loss=cross_entropy(logits, targets),
+                    correct=(own == targets).sum(),
+                    agreeing=(own == best).sum(),
+                    tokens=learnt.sum(),
+                )
+            return qualities
+        finally:
+            self._wanted, self._states = wanted, {}
+
+    def parts_body(self) -> nn.Module:
+        """What runs the layers and the norm: the model without its head."""
+        return self.causal.base_model if self.causal.base_model is not self.causal else self.parts.body
+
+    def _anchor(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        if self.reference is None or not self.loss.teachers.anchor:
+            return None
+        with torch.no_grad():
+            states: Tensor = unwrap(self.reference).base_model(*args, **{**kwargs, "use_cache": False})[0]
+        return states
+
+    def _check_reference(self) -> None:
+        if self._reference_parts is None:
+            return
+        ours, theirs = self.causal.config.vocab_size, unwrap(self.reference).config.vocab_size  # type: ignore[arg-type]
+        if ours != theirs:
+            raise RequestError(
+                f"the reference has {theirs} tokens and the model {ours}; use a model of the same tokenizer"
+            )
+
+
+@dataclass(frozen=True)
+class ExitQuality:
+    """Sums over the learnt tokens of a batch: cross-entropy, right predictions, and those equal to the last layer's."""
+
+    loss: Tensor
+    correct: Tensor
+    agreeing: Tensor
+    tokens: Tensor
+
+    def __add__(self, other: ExitQuality) -> ExitQuality:
+        return ExitQuality(
+            self.loss + other.loss,
+            self.correct + other.correct,
+            self.agreeing + other.agreeing,
+            self.tokens + other.tokens,
+        )
+
+    def stacked(self) -> Tensor:
+        """The four sums as one tensor, to be reduced over ranks together."""
+        return torch.stack([self.loss.double(), self.correct.double(), self.agreeing.double(), self.tokens.double()])
+
+
+def _norm(found: Parts) -> Any:
+    return found.norm if found.norm is not None else nn.Identity()
