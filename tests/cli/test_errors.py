@@ -68,7 +68,7 @@ def refused(result: Any, status: int, *parts: str) -> None:
         (["--device", "abacus"], ["unknown device 'abacus'; use auto, cpu or cuda"]),
         (["--tempature", "1"], ["no such option: --tempature", "--temperature"]),
         (["--file", "nowhere.txt"], ["both a prompt and --file are given; use one of them"]),
-        (["more"], ["unexpected extra argument", "more", "see --help"]),
+        (["more"], ["unexpected extra argument", "more", "put a prompt of several words in quotes"]),
     ],
     ids=" ".join,
 )

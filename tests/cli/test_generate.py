@@ -388,3 +388,19 @@ def test_closed_pipe_is_quiet(run: Any, tiny_checkpoint: Path, monkeypatch: pyte
     with contextlib.suppress(BrokenPipeError):
         closed.close()
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("no_color", [True, False])
+def test_statistics_are_dim_on_a_terminal_and_plain_where_asked(
+    monkeypatch: pytest.MonkeyPatch, no_color: bool
+) -> None:
+    from layerskip.cli.screen import Screen
+
+    monkeypatch.setenv("TERM", "xterm")
+    master, slave = pty.openpty()
+    with os.fdopen(slave, "w") as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", terminal)
+        Screen(no_color=no_color).note("61 tokens")
+        terminal.flush()
+    assert os.read(master, 100).decode() == ("61 tokens\r\n" if no_color else "\x1b[2m61 tokens\x1b[0m\r\n")
+    os.close(master)

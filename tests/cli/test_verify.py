@@ -137,3 +137,11 @@ def test_one_layer_has_nothing_to_verify(run: Any, copy: Any) -> None:
     done = run("verify", "-m", folder)
     assert done.exit_code == 2
     assert "a model that decodes with 1 layer has no earlier exit to draft from" in done.stderr
+
+
+def test_plain_decoding_is_not_compared_with_itself(run: Any, tiny_checkpoint: Path) -> None:
+    done = run("verify", "-m", tiny_checkpoint, "--draft", "none")
+    assert done.exit_code == 2
+    assert done.stderr == (
+        "error: verify compares a drafter with plain decoding; name one, such as --draft early-exit:3\n"
+    )

@@ -47,6 +47,14 @@ class Commands(TyperGroup):
             raise
 
 
+# what typer's own messages leave unsaid
+_HINTS = {
+    "Got unexpected extra argument": "put a prompt of several words in quotes",
+    "No such command": "use generate, chat, verify or inspect",
+    "No such option: -m": "options come after the command: layerskip generate -m ...",
+}
+
+
 def exit_status(error: Exception) -> int:
     """2 for what was asked wrongly, 130 for an interrupt, else 1."""
     if isinstance(error, typer.Abort):
@@ -62,7 +70,8 @@ def lines(error: Exception) -> list[str]:
         return ["interrupted"]
     if isinstance(error, typer.TyperException):
         message = one_line(error.format_message())  # empty where help was shown instead
-        return [f"error: {message[:1].lower()}{message[1:].rstrip('.')} (see --help)"] if message else []
+        hint = next((hint for start, hint in _HINTS.items() if message.startswith(start)), "see --help")
+        return [f"error: {message[:1].lower()}{message[1:].rstrip('.')} ({hint})"] if message else []
     if isinstance(error, LayerSkipError):
         message = str(error)
     elif isinstance(error, MemoryError):

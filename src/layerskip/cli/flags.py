@@ -87,14 +87,16 @@ class ModelFlags:
 class DraftFlags:
     """What drafts, and how much."""
 
-    draft: Annotated[
-        str,
+    named: Annotated[
+        str | None,
         _draft(
+            "--draft",
             metavar="DRAFTER",
             help="early-exit:E (the first E layers), lookup (copies from the context), "
             "assistant:PATH (a smaller checkpoint of the same tokenizer) or none.",
+            show_default=False,
         ),
-    ] = "none"
+    ] = None
     draft_tokens: Annotated[
         int | None,
         _draft(metavar="K", help="Tokens drafted in a round; 4, for lookup 8.", show_default=False),
@@ -103,6 +105,11 @@ class DraftFlags:
         float | None,
         _draft(metavar="P", help="End a draft where its likeliest token is less likely than this.", show_default=False),
     ] = None
+
+    @property
+    def draft(self) -> str:
+        """The drafter in words; "none" where none was named."""
+        return self.named or "none"
 
     def drafter(self, llm: LLM) -> Drafter | None:
         """The drafter, None for plain decoding. Raises what `LLM.drafter` raises."""

@@ -67,7 +67,8 @@ class Screen:
     def note(self, text: str) -> None:
         """A line about the result, on standard error."""
         sys.stdout.flush()
-        self._err.print(Text(text, "dim"), soft_wrap=True)
+        dim = self._err.color_system is not None and not self._err.no_color
+        self._err.print(Text(text, "dim" if dim else ""), soft_wrap=True)
 
     def table(self, rows: list[tuple[str, ...]], *, columns: tuple[str, ...] = (), title: str = "") -> None:
         """A table; where it has headings all columns but the first are numbers."""

@@ -55,7 +55,7 @@ def verify(
 ) -> None:
     """Check that drafting does not change greedy text.
 
-    Without --draft it is early-exit at a third of the layers.
+    Without --draft it is early-exit at a third of the layers, rounded.
     Exit status 1 if a text differs by more than a tie between two tokens.
     """
     texts = None if prompts is None else read_prompts(prompts)
@@ -171,8 +171,14 @@ class Report:
 
 
 def with_default(draft: DraftFlags, layers: int) -> DraftFlags:
-    """Early exit at about a third of the layers where no drafter is named."""
-    return replace(draft, draft=f"early-exit:{max(1, round(layers / 3))}") if draft.draft == "none" else draft
+    """Early exit at a third of the layers, rounded, where no drafter is named.
+
+    Raises:
+        RequestError: "none" is named: plain decoding is what drafters are compared with.
+    """
+    if draft.named == "none":
+        raise RequestError("verify compares a drafter with plain decoding; name one, such as --draft early-exit:3")
+    return replace(draft, named=f"early-exit:{max(1, round(layers / 3))}") if draft.named is None else draft
 
 
 def built_in(llm: LLM) -> list[str]:

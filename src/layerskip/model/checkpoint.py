@@ -59,7 +59,7 @@ def find(path_or_id: str | Path, *, revision: str | None = None, token: str | No
     elif folder.exists():
         raise CheckpointError(f"{given} is a file; {NEEDED}")
     elif isinstance(path_or_id, Path) or _looks_like_a_path(given):
-        raise CheckpointError(f"no such folder: {given}")
+        raise CheckpointError(f"no such folder: {given}; {NEEDED}")
     else:
         folder = _download(given, revision=revision, token=token)
     if not (folder / "config.json").is_file():
