@@ -477,23 +477,6 @@ def test_memory_too_small_for_all_rows_at_once_serves_them_in_turns(
     assert len(one(llm.generate("the cat", max_tokens=240, ignore_eos=True)).tokens) == 240
 
 
-def test_a_conversation_outlives_prompts_that_only_begin_alike(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    fresh = LLM(llm.decoder, llm.tokenizer)
-    fresh.generate(PROMPTS, max_tokens=4)
-    first = one(fresh.generate("the cat sat on the mat and the dog", max_tokens=20))
-    fresh.generate("a dog ran", max_tokens=4)  # shares BOS only
-    passes: list[int] = []
-    run = llm.decoder.run
-
-    def counting(hidden, at, cache, first=0, last=None, **rest):  # type: ignore[no-untyped-def]
-        passes.append(hidden.shape[0] * hidden.shape[1])
-        return run(hidden, at, cache, first, last, **rest)
-
-    monkeypatch.setattr(llm.decoder, "run", counting)
-    fresh.generate([*first.prompt, *first.tokens, 9], max_tokens=1)
-    assert sum(passes) == 1 + 1
-
-
 def test_two_streams_that_share_a_drafter_do_not_undo_its_work(
     llm: LLM, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

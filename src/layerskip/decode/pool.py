@@ -51,8 +51,8 @@ class Pool:
         Raises:
             CapacityError: a bigger cache does not fit in memory.
         """
+        self.make_room(rows=1, slots=slots)  # first: it may let idle rows go
         source, length = self._best(ids, depth) if reuse else (0, 0)
-        self.make_room(rows=1, slots=slots)
         row = self._choose(source, length)
         if length and row != source:
             self.cache.copy_prefix(source, row, length=length)
