@@ -1,4 +1,8 @@
-"""Every command and every Python example of the README and the docs runs."""
+"""Every command and every Python example of the README and the docs runs.
+
+Training does too where its recipe is a block of the page, for two steps. A recipe that comes with the package is for
+machines and data that are not here: it is read, with the line's keys, and not run.
+"""
 
 import re
 import shlex
@@ -21,14 +25,34 @@ def blocks(language: str) -> list[tuple[str, str]]:
     return found
 
 
-def commands() -> list[tuple[str, str]]:
-    """(page and place, line) of every `layerskip ...` line of a bash block, continuation lines joined."""
+def lines() -> list[tuple[str, str]]:
+    """(page and place, line) of every line of a bash block, continuation lines joined."""
     return [
         (where, line)
         for where, text in blocks("bash")
         for line in text.replace("\\\n", " ").splitlines()
-        if line.startswith("layerskip ")
+        if line.strip()
     ]
+
+
+def commands() -> list[tuple[str, str]]:
+    """(page and place, line) of every `layerskip ...` line that does not train."""
+    return [
+        (where, line)
+        for where, line in lines()
+        if line.startswith("layerskip ") and not line.startswith("layerskip train ")
+    ]
+
+
+def trainings() -> list[tuple[str, str]]:
+    """(page and place, line) of every line that trains, a launcher's too."""
+    return [(where, line) for where, line in lines() if "layerskip train " in line]
+
+
+def recipes() -> dict[str, str]:
+    """The YAML blocks that begin with their file's name, as in `# stories.yaml`."""
+    found = (re.match(r"# (\S+\.yaml)\n", text) for _, text in blocks("yaml"))
+    return {match[1]: match.string for match in found if match}
 
 
 @pytest.mark.parametrize(("where", "line"), commands())
@@ -45,8 +69,35 @@ def test_every_command_runs(
     assert result.output.strip()
 
 
+@pytest.mark.parametrize(("where", "line"), trainings())
+def test_every_training_begins(
+    where: str, line: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from layerskip.cli import app
+    from layerskip.cli.train import overrides
+    from layerskip.train.recipe import read_recipe
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stories.txt").write_text(
+        "<|endoftext|>".join(f"the cat {i} sat on the mat {i % 7}" for i in range(99))
+    )
+    for name, text in recipes().items():
+        (tmp_path / name).write_text(text.replace(PLACEHOLDER, str(tiny_checkpoint)))
+    arguments = shlex.split(line.partition("layerskip train ")[2].replace(PLACEHOLDER, str(tiny_checkpoint)))
+    recipe = read_recipe(arguments[0], overrides=overrides(arguments[1:]))
+    assert recipe.data
+    if not line.startswith("layerskip ") or arguments[0] not in recipes():
+        return
+    result = CliRunner().invoke(app, ["train", *arguments, "--max_steps", "2"])
+    assert result.exit_code == 0, result.output
+    assert (Path(recipe.training.get("output_dir", f"runs/{recipe.name}")) / "README.md").is_file()
+
+
 @pytest.mark.parametrize(("where", "text"), blocks("python"))
-def test_every_example_runs(where: str, text: str, tiny_checkpoint: Path) -> None:
+def test_every_example_runs(
+    where: str, text: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     code = compile(text.replace(PLACEHOLDER, str(tiny_checkpoint)), where, "exec")
     exec(code, {})
 
@@ -54,3 +105,4 @@ def test_every_example_runs(where: str, text: str, tiny_checkpoint: Path) -> Non
 def test_the_pages_hold_examples() -> None:
     assert len(commands()) >= 4
     assert len(blocks("python")) >= 2
+    assert any(line.startswith("layerskip train ") for _, line in trainings())

@@ -4,7 +4,8 @@
     ├── CheckpointError   also a ValueError        a checkpoint folder that cannot be loaded
     ├── RequestError      also a ValueError        an argument that cannot be served
     ├── CapacityError     also a MemoryError       the cache does not fit in memory
-    └── NumericalError    also an ArithmeticError  the logits are NaN
+    ├── NumericalError    also an ArithmeticError  the logits are NaN
+    └── StorageError      also an OSError          a folder that cannot be written
 
 A message says what was given, what is allowed and what to do:
 ``exit 40 is not inside this 32-layer model; use 1..32``. Longer hints go through ``add_note``.
@@ -39,6 +40,10 @@ class CapacityError(LayerSkipError, MemoryError):
 
 class NumericalError(LayerSkipError, ArithmeticError):
     """The logits are NaN, so there is no distribution to draw from."""
+
+
+class StorageError(LayerSkipError, OSError):
+    """A file or folder that could not be written: the disk is full, say. What was there before is still there."""
 
 
 def check_whole(name: str, value: object) -> None:

@@ -87,11 +87,6 @@ def test_no_command_like_it(run: Any) -> None:
     refused(run("generat"), 2, "no such command 'generat'", "did you mean 'generate'?".capitalize())
 
 
-@pytest.mark.parametrize("command", [["generate", "a"], ["chat"], ["verify"], ["inspect"]], ids=" ".join)
-def test_no_model(run: Any, command: list[str]) -> None:
-    refused(run(*command), 2, "no model: give --model (-m) a checkpoint folder or a hub id")
-
-
 # -- prompts
 
 

@@ -9,16 +9,16 @@ import pytest
 import layerskip
 from layerskip.cli import app
 
-COMMANDS = ("generate", "chat", "verify", "inspect")
+COMMANDS = ("generate", "chat", "verify", "inspect", "train", "eval")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["verify", "--help"], ["--version"]])
-def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+@pytest.mark.parametrize("words", ["--help", "generate --help", "verify --help", "train --help", "--version"])
+def test_help_imports_nothing_heavy(words: str) -> None:
     code = (
         "import atexit, sys; from layerskip.cli import main\n"
         "heavy = {'torch', 'transformers', 'numpy', 'layerskip.llm'}\n"
         "atexit.register(lambda: print('HEAVY', *sorted(heavy & set(sys.modules))))\n"
-        f"sys.argv[1:] = {arguments}; main()"
+        f"sys.argv[1:] = {words.split()}; main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "HEAVY"
@@ -43,7 +43,7 @@ def test_every_option_has_help(command: str) -> None:
 
     parameters = get_command(app).commands[command].params  # type: ignore[attr-defined]
     assert [p.name for p in parameters if not p.help] == []
-    assert {"model", "debug", "no_color"} <= {p.name for p in parameters}
+    assert {"recipe" if command == "train" else "model", "debug", "no_color"} <= {p.name for p in parameters}
 
 
 OPTIONS = """

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -39,21 +38,16 @@ from layerskip.train.data import (
     cut_stream,
     digest,
     encode,
-    exact_match,
     hold_out,
     iterate,
     pack,
     packing,
     padding_share,
-    parse_tree,
     permutation,
     read,
-    template,
-    topv2,
     topv2_statistics,
     topv2_tokenizer,
     train_tokenizer,
-    well_formed,
 )
 from layerskip.train.data.topv2 import EOS, PARSE
 
@@ -431,9 +425,8 @@ def test_rows_are_a_data_set() -> None:
 # --- batches
 
 
-@pytest.mark.parametrize("module", [packing, topv2])
-def test_examples_in_docstrings_run(module: ModuleType) -> None:
-    found = doctest.testmod(module, extraglobs={"torch": torch})
+def test_examples_in_docstrings_run() -> None:
+    found = doctest.testmod(packing, extraglobs={"torch": torch})
     assert found.failed == 0
     assert found.attempted > 0
 
@@ -748,45 +741,6 @@ def test_any_frame_decodes_to_itself(parser: PreTrainedTokenizerFast, words: lis
     frame = f"[IN:NEVER_SEEN {' '.join(words)} [SL:DATE_TIME {words[0]} ] ]"
     ids = parser(frame, add_special_tokens=False).input_ids
     assert parser.decode(ids, skip_special_tokens=True) == frame
-
-
-# --- frames
-
-
-def test_a_frame_is_a_tree() -> None:
-    tree = parse_tree("[IN:A x  [SL:B [IN:C y ] ]\t[SL:D z ] w ]")
-    assert str(tree) == "[IN:A x [SL:B [IN:C y ] ] [SL:D z ] w ]"
-    assert [child if isinstance(child, str) else child.label for child in tree.children] == ["x", "SL:B", "SL:D", "w"]
-    assert template(str(tree)) == "[IN:A [SL:B [IN:C ] ] [SL:D ] ]"
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "no frame in an empty text"),
-        ("hello", "token 1, 'hello', is outside"),
-        ("] x", "token 1 closes a bracket that nothing opened"),
-        ("[IN:A x", "never closed, the last one \\[IN:A"),
-        ("[IN:A x ] ]", "token 4, ']', comes after"),
-        ("[IN:A ] [IN:B ]", "comes after"),
-        ("[SL:A x ]", "stands at the root, where only \\[IN: may open"),
-        ("[IN:A [IN:B ] ]", "stands inside IN:A, where only \\[SL: may open"),
-        ("[IN:A [SL:B [SL:C ] ] ]", "stands inside SL:B"),
-        ("[IN:A [x ] ]", "opens neither an intent"),
-        ("[IN: x ]", "opens neither an intent"),
-    ],
-)
-def test_what_is_no_frame_says_why(text: str, message: str) -> None:
-    assert not well_formed(text)
-    with pytest.raises(RequestError, match=message):
-        parse_tree(text)
-
-
-def test_exact_match_is_about_the_whole_frame() -> None:
-    assert exact_match(" [IN:A  x ]\n", "[IN:A x ]")
-    assert not exact_match("[IN:A X ]", "[IN:A x ]")
-    assert not exact_match("[IN:A x ] ]", "[IN:A x ]")
-    assert exact_match("[IN:A", "[IN:A")  # frames that are none can be equal too
 
 
 # --- the real data

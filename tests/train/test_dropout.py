@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from layerskip.errors import RequestError
-from layerskip.train import dropout as module
-from layerskip.train.dropout import LayerDropout, depth_profile, dropped_rows, rates, time_scale
+from layerskip.train import rates as module
+from layerskip.train.dropout import LayerDropout
+from layerskip.train.rates import depth_profile, dropped_rows, rates, time_scale
 
 ROWS, POSITIONS, LAYERS = 6, 10, 4
 KEY = {"seed": 3, "step": 5, "micro_step": 1, "layer": 2, "rank": 0}

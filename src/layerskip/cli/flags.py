@@ -65,7 +65,13 @@ class ModelFlags:
 
     model: Annotated[
         str | None,
-        _model("--model", "-m", metavar="PATH_OR_ID", help="Checkpoint folder or hub id; required."),
+        _model(
+            "--model",
+            "-m",
+            metavar="PATH_OR_ID",
+            help="Checkpoint folder or hub id; without it, the parser in the package.",
+            show_default=False,
+        ),
     ] = None
     dtype: Annotated[
         str,
@@ -75,9 +81,7 @@ class ModelFlags:
     revision: Annotated[str | None, _model(help="Branch, tag or commit of a hub id.")] = None
 
     def load(self) -> LLM:
-        """The model and its tokenizer. Raises RequestError where none was named, and what `layerskip.load` raises."""
-        if self.model is None:
-            raise RequestError("no model: give --model (-m) a checkpoint folder or a hub id")
+        """The model and its tokenizer. Raises what `layerskip.load` raises."""
         from layerskip.llm import load
 
         return load(self.model, dtype=self.dtype, device=self.device, revision=self.revision)
@@ -92,7 +96,8 @@ class DraftFlags:
         _draft(
             "--draft",
             metavar="DRAFTER",
-            help="early-exit:E (the first E layers), lookup (copies from the context), "
+            help="early-exit:E (the first E layers; without :E what the checkpoint recommends), lookup (copies "
+            "from the context), "
             "assistant:PATH (a smaller checkpoint of the same tokenizer) or none.",
             show_default=False,
         ),
@@ -211,11 +216,18 @@ class ShowFlags:
 
 def label(words: str, drafter: Drafter | None) -> str:
     """What reports call a way of decoding: "early-exit:3 K=4", or "plain"."""
-    return "plain" if drafter is None else f"{words} K={drafter.tokens}"
+    return "plain" if drafter is None else f"{_whole(words, drafter)} K={drafter.tokens}"
+
+
+def _whole(words: str, drafter: Drafter) -> str:
+    """The words with what they leave to the checkpoint."""
+    from layerskip.decode.drafters import EarlyExit
+
+    return f"{words}:{drafter.exit}" if words == "early-exit" and isinstance(drafter, EarlyExit) else words
 
 
 def draft_record(flags: DraftFlags, drafter: Drafter | None) -> dict[str, Any] | None:
     """The same for JSON."""
     if drafter is None:
         return None
-    return {"drafter": flags.draft, "tokens": drafter.tokens, "confidence": flags.confidence}
+    return {"drafter": _whole(flags.draft, drafter), "tokens": drafter.tokens, "confidence": flags.confidence}

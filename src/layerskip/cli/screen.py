@@ -33,9 +33,14 @@ class Screen:
 
     def __init__(self, *, no_color: bool = False) -> None:
         self.out = Console(no_color=no_color or None, highlight=False)
-        self._err = Console(no_color=no_color or None, highlight=False, stderr=True)
+        self.err = Console(no_color=no_color or None, highlight=False, stderr=True)
         self._colour = self.out.color_system is not None and not self.out.no_color
         self._open = False  # whether the last line written is without its end
+
+    @property
+    def interactive(self) -> bool:
+        """Whether somebody watches what is written about results."""
+        return self.err.is_terminal
 
     def write(self, text: str, style: Style | None = None) -> None:
         """Generated text, at once and unchanged; on a terminal control characters are shown, not obeyed."""
@@ -67,8 +72,8 @@ class Screen:
     def note(self, text: str) -> None:
         """A line about the result, on standard error."""
         sys.stdout.flush()
-        dim = self._err.color_system is not None and not self._err.no_color
-        self._err.print(Text(text, "dim" if dim else ""), soft_wrap=True)
+        dim = self.err.color_system is not None and not self.err.no_color
+        self.err.print(Text(text, "dim" if dim else ""), soft_wrap=True)
 
     def table(self, rows: list[tuple[str, ...]], *, columns: tuple[str, ...] = (), title: str = "") -> None:
         """A table; where it has headings all columns but the first are numbers."""

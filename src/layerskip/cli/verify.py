@@ -55,12 +55,12 @@ def verify(
 ) -> None:
     """Check that drafting does not change greedy text.
 
-    Without --draft it is early-exit at a third of the layers, rounded.
+    Without --draft it is the early exit that the checkpoint recommends, or at a third of its layers, rounded.
     Exit status 1 if a text differs by more than a tie between two tokens.
     """
     texts = None if prompts is None else read_prompts(prompts)
     llm = model.load()
-    draft = with_default(draft, llm.decoder.shape.layers)
+    draft = with_default(draft, llm)
     drafter = draft.drafter(llm)
     screen = Screen(no_color=show.no_color)
     results = []
@@ -170,15 +170,18 @@ class Report:
         }
 
 
-def with_default(draft: DraftFlags, layers: int) -> DraftFlags:
-    """Early exit at a third of the layers, rounded, where no drafter is named.
+def with_default(draft: DraftFlags, llm: LLM) -> DraftFlags:
+    """Early exit as the checkpoint recommends, or at a third of the layers, rounded, where no drafter is named.
 
     Raises:
         RequestError: "none" is named: plain decoding is what drafters are compared with.
     """
     if draft.named == "none":
         raise RequestError("verify compares a drafter with plain decoding; name one, such as --draft early-exit:3")
-    return replace(draft, named=f"early-exit:{max(1, round(layers / 3))}") if draft.named is None else draft
+    if draft.named is not None:
+        return draft
+    third = max(1, round(llm.decoder.shape.layers / 3))
+    return replace(draft, named="early-exit" if llm.recommended else f"early-exit:{third}")
 
 
 def built_in(llm: LLM) -> list[str]:

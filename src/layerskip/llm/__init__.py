@@ -9,10 +9,12 @@ import torch
 from layerskip.errors import RequestError, suggest
 from layerskip.llm.completion import Chunk, Completion, Stream
 from layerskip.llm.model import LLM
+from layerskip.llm.recommended import Recommended, recommended
 from layerskip.llm.tokenizer import end_tokens, load_tokenizer
 from layerskip.model import checkpoint
+from layerskip.pretrained import embedded
 
-__all__ = ["LLM", "Chunk", "Completion", "Stream", "load"]
+__all__ = ["LLM", "Chunk", "Completion", "Recommended", "Stream", "load"]
 
 DTYPES = {
     "float64": torch.float64,
@@ -23,7 +25,7 @@ DTYPES = {
 
 
 def load(
-    path_or_id: str | Path,
+    path_or_id: str | Path | None = None,
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
@@ -34,7 +36,7 @@ def load(
     """Loads a Hugging Face checkpoint.
 
     Args:
-        path_or_id: a folder, or a hub id.
+        path_or_id: a folder, or a hub id; None is the checkpoint that comes with the package.
         dtype: element type to hold the weights in ("bfloat16" or `torch.bfloat16`); None is the checkpoint's own.
         device: None is "cuda" where there is one, else "cpu".
         revision: of a hub id.
@@ -46,15 +48,16 @@ def load(
         RequestError: unknown dtype or device.
     """
     kind, place = as_dtype(dtype), as_device(device)
-    folder = checkpoint.find(path_or_id, revision=revision, token=token)
+    folder = checkpoint.find(embedded() if path_or_id is None else path_or_id, revision=revision, token=token)
     decoder = checkpoint.load_decoder(folder, dtype=kind, device=place)
     tokenizer = load_tokenizer(folder)
     return LLM(
         decoder,
         tokenizer,
         eos=end_tokens(folder, tokenizer, vocab=decoder.shape.vocab),
-        name=str(path_or_id),
+        name=folder.name if path_or_id is None else str(path_or_id),
         max_batch=max_batch,
+        recommended=recommended(folder),
     )
 
 

@@ -29,6 +29,7 @@ from layerskip.decode.text import Tokenizer as TextTokenizer
 from layerskip.errors import CapacityError, LayerSkipError, RequestError, check_whole, suggest
 from layerskip.llm.completion import Chunk, Completion, Mode, Stream
 from layerskip.llm.prompts import Prompt, is_one, plain
+from layerskip.llm.recommended import Recommended
 from layerskip.llm.tokenizer import load_tokenizer
 from layerskip.model import checkpoint
 from layerskip.model.decoder import Decoder
@@ -48,6 +49,7 @@ class LLM:
         eos: ids that end a text.
         name: what messages call it.
         max_batch: rows that decode side by side; further prompts wait for a row to finish.
+        recommended: the draft its checkpoint recommends.
     """
 
     def __init__(
@@ -58,11 +60,12 @@ class LLM:
         eos: Sequence[int] = (),
         name: str = "model",
         max_batch: int = 16,
+        recommended: Recommended | None = None,
     ) -> None:
         if max_batch < 1:
             raise RequestError(f"max_batch {max_batch} is not possible; use 1 or more")
         self.decoder, self.tokenizer, self.eos, self.name = decoder, tokenizer, tuple(eos), name
-        self.max_batch = max_batch
+        self.max_batch, self.recommended = max_batch, recommended
         self._pool: Pool | None = None
         self._lock = threading.RLock()
 
@@ -345,7 +348,7 @@ class LLM:
         """The drafter that words name: "none", "early-exit:E", "lookup" or "assistant:PATH".
 
         Args:
-            words: as on the command line.
+            words: as on the command line; "early-exit" alone is what the checkpoint recommends.
             tokens: K, the most tokens drafted in a round; None is the drafter's own default.
             confidence: stop a draft where the drafter is less sure than this (early-exit and assistant).
 
@@ -369,9 +372,17 @@ class LLM:
             if not argument:
                 raise RequestError("assistant needs a checkpoint; write assistant:PATH")
             return self.assistant(argument, tokens=count, confidence=confidence)
+        if not colon:
+            return self._recommended(tokens, confidence)
         if not argument.isdecimal():
             raise RequestError(f"early-exit needs a number of layers, not {argument!r}; write early-exit:3, say")
         return EarlyExit(int(argument), tokens=count, confidence=confidence)
+
+    def _recommended(self, tokens: int | None, confidence: float | None) -> EarlyExit:
+        if self.recommended is None:
+            raise RequestError(f"{self.name} recommends no exit; write early-exit:3, say")
+        count = self.recommended.draft_tokens if tokens is None else tokens
+        return EarlyExit(self.recommended.exit, tokens=count, confidence=confidence)
 
     def assistant(self, path_or_id: str | Path, *, tokens: int = 4, confidence: float | None = None) -> Assistant:
         """A drafter that runs a second checkpoint of the same tokenizer, in this model's precision and place.

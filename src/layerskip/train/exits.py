@@ -62,6 +62,8 @@ class EarlyExits:
         self._wanted: frozenset[int] = frozenset()
         self.by_exit: dict[int, Tensor] = {}
         self._states: dict[int, Tensor] = {}
+        self._qualities: dict[int, ExitQuality] = {}
+        self._measuring = False
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def install(self) -> EarlyExits:
@@ -110,6 +112,10 @@ class EarlyExits:
 
     def _forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
         plain = type(self.causal).forward
+        if self._measuring:
+            assert labels is not None
+            self._measure(self.parts_body()(*args, **kwargs | {"use_cache": False})[0], labels)
+            return CausalLMOutputWithPast()
         if labels is None or self.weights is None or not self.causal.training:
             return plain(self.causal, *args, labels=labels, **kwargs)
         items = kwargs.pop("num_items_in_batch", None)
@@ -132,34 +138,35 @@ class EarlyExits:
         return CausalLMOutputWithPast(loss=losses.total, past_key_values=getattr(output, "past_key_values", None))
 
     @torch.no_grad()
-    def measure(self, inputs: Mapping[str, Any]) -> dict[int, ExitQuality]:
-        """What every exit makes of a batch, without training on it.
+    def measure(self, inputs: Mapping[str, Any], *, model: nn.Module | None = None) -> dict[int, ExitQuality]:
+        """What every exit makes of a batch, without training on it. Has to be installed.
 
         Args:
             inputs: the model's arguments, `labels` (B, T) among them.
+            model: the model in its wrappers; None is the model itself. FSDP2 gathers norm and head for its forward.
         """
-        labels = inputs["labels"]
-        others = {name: value for name, value in inputs.items() if name != "labels"}
         wanted, self._wanted = self._wanted, frozenset(range(1, self.layers))
+        self._measuring = True
         try:
-            final = self.parts_body()(**others, use_cache=False)[0]
-            learnt = F.pad(labels, (0, 1), value=IGNORED)[:, 1:] != IGNORED  # (B, T)
-            targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:][learnt]
-            best = self.parts.head(final[learnt]).argmax(-1)
-            qualities = {}
-            for exit in range(1, self.layers + 1):
-                states = final[learnt] if exit == self.layers else self.loss.norm(self._states[exit][learnt])
-                logits = self.parts.head(states).float()
-                own = logits.argmax(-1)
-                qualities[exit] = ExitQuality(
-                    loss=cross_entropy(logits, targets),
-                    correct=(own == targets).sum(),
-                    agreeing=(own == best).sum(),
-                    tokens=learnt.sum(),
-                )
-            return qualities
+            (model or self.causal)(**inputs)
+            return self._qualities
         finally:
-            self._wanted, self._states = wanted, {}
+            self._wanted, self._states, self._qualities, self._measuring = wanted, {}, {}, False
+
+    def _measure(self, final: Tensor, labels: Tensor) -> None:
+        learnt = F.pad(labels, (0, 1), value=IGNORED)[:, 1:] != IGNORED  # (B, T)
+        targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:][learnt]
+        best = self.parts.head(final[learnt]).argmax(-1)
+        for exit in range(1, self.layers + 1):
+            states = final[learnt] if exit == self.layers else self.loss.norm(self._states[exit][learnt])
+            logits = self.parts.head(states).float()
+            own = logits.argmax(-1)
+            self._qualities[exit] = ExitQuality(
+                loss=cross_entropy(logits, targets),
+                correct=(own == targets).sum(),
+                agreeing=(own == best).sum(),
+                tokens=learnt.sum(),
+            )
 
     def parts_body(self) -> nn.Module:
         """What runs the layers and the norm: the model without its head."""

@@ -6,19 +6,29 @@ does it still does.
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from torch.distributed.tensor import DTensor
+from torch.utils.data import Sampler
+from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers.trainer_utils import has_length
 
-from layerskip.errors import NumericalError
+from layerskip.errors import NumericalError, RequestError
 from layerskip.train.curriculum import check_curriculum, exit_weights, exits_at
+from layerskip.train.data.encoding import Rows
+from layerskip.train.data.order import LengthBuckets
 from layerskip.train.dropout import LayerDropout
+from layerskip.train.estimate import Estimate, Work, estimate
 from layerskip.train.exits import EarlyExits, ExitQuality
-from layerskip.train.loss import Teachers
+from layerskip.train.loss import IGNORED, Teachers
+from layerskip.train.rates import rates
+from layerskip.train.saving import CompleteSaves
+from layerskip.train.sharding import ShardedTrainer
 
 
 @dataclass
@@ -36,6 +46,9 @@ class LayerSkipConfig(TrainingArguments):
         anchor: weight of the last layer's divergence from `reference`.
         reference: checkpoint of the anchor's reference model.
         loss_chunk: tokens whose logits are held at a time; 0 holds one exit's whole logits.
+        fully_shard: shard weights and optimizer over the processes (FSDP2), where no launcher's configuration does.
+
+    `train_sampling_strategy="group_by_length"` uses `LengthBuckets` for our own rows.
     """
 
     dropout: float = field(default=0.0, metadata={"help": "p_max, the last layer's drop rate, in [0, 1)"})
@@ -49,12 +62,14 @@ class LayerSkipConfig(TrainingArguments):
     reference: str | None = field(default=None, metadata={"help": "checkpoint of the anchor's reference model"})
     loss_chunk: int = field(default=4096, metadata={"help": "tokens whose logits are held at a time; 0 is all"})
 
+    fully_shard: bool = field(default=False, metadata={"help": "shard over the processes (FSDP2) without a launcher"})
+
     def teachers(self) -> Teachers:
         """What is learnt from beside the labels. Raises RequestError for values out of range."""
         return Teachers(distillation=self.distillation, anchor=self.anchor)
 
 
-class LayerSkipTrainer(Trainer):
+class LayerSkipTrainer(CompleteSaves, ShardedTrainer):
     """A `Trainer` that trains with the recipe. Its arguments are `Trainer`'s; `args` is a `LayerSkipConfig`.
 
     With dropout 0 and curriculum "last" it is plain `Trainer`, bit for bit. Logs `exit_loss/E`, `dropout_rate/L` and
@@ -74,9 +89,7 @@ class LayerSkipTrainer(Trainer):
     ) -> None:
         super().__init__(model=model, args=args, **rest)
         if reference is None and args.anchor and args.reference:
-            reference = AutoModelForCausalLM.from_pretrained(
-                args.reference, dtype=torch.float32, device_map={"": args.device}
-            )
+            reference = _reference(args)
         assert isinstance(self.model, nn.Module)
         inner = self.model
         self.exits = EarlyExits(inner, teachers=args.teachers(), chunk=args.loss_chunk or None, reference=reference)
@@ -95,11 +108,22 @@ class LayerSkipTrainer(Trainer):
         self._tokens, self._since = 0, time.perf_counter()
         self._broken: Tensor | None = None
         self._qualities: dict[int, ExitQuality] = {}
+        if args.fully_shard:
+            self.shard()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains with dropout and early exits installed; they are gone afterwards, also after an exception."""
         with self.exits, self.dropout:
-            return super().train(*args, **kwargs)
+            output = super().train(*args, **kwargs)
+        self.check_before_saving()  # the last steps may have been neither logged nor saved
+        return output
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # killed after its last checkpoint: transformers would do one step more
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One forward and backward pass under the curriculum's exits and this step's draws."""
@@ -132,13 +156,23 @@ class LayerSkipTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Measures every exit on a batch; the loss returned is the last layer's."""
-        inputs = self._prepare_inputs(inputs)
+        inputs = self._once(self._prepare_inputs(inputs))
         with self.compute_loss_context_manager(), self.exits.watching():
-            measured = self.exits.measure(inputs)
+            measured = self.exits.measure(inputs, model=model)
         for exit, quality in measured.items():
             self._qualities[exit] = quality + self._qualities[exit] if exit in self._qualities else quality
         last = measured[self.layers]
         return last.loss / last.tokens.clamp(min=1), None, None
+
+    def _once(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch without labels in the rows that accelerate repeats, so that every process gets as many."""
+        state = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return inputs
+        labels = inputs["labels"].clone()
+        # the last batches of all processes, one behind the other: `remainder` rows, then repeated ones
+        labels[max(state.remainder - self.args.process_index * len(labels), 0) :] = IGNORED
+        return {**inputs, "labels": labels}
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """`Trainer`'s, with what every exit makes of the data beside the loss."""
@@ -171,14 +205,121 @@ class LayerSkipTrainer(Trainer):
         broken = ~torch.isfinite(loss.detach())
         self._broken = broken if self._broken is None else self._broken | broken
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self._check_finite()
-        super()._save_checkpoint(model, trial)
+    # -- what it will take
+
+    def estimate(self, *, done: int = 0) -> Estimate:
+        """Seconds and bytes of the run on each device; measures the device for a moment.
+
+        Args:
+            done: steps that a resumed run has behind it.
+
+        Raises:
+            RequestError: neither the data nor `max_steps` says when the run ends.
+        """
+        batches = self.get_train_dataloader()
+        batch = next(iter(batches), None)
+        if batch is None:
+            raise RequestError(
+                f"there is not one batch of per_device_train_batch_size {self.args.per_device_train_batch_size} on "
+                f"{self.args.world_size} process(es) in the data; make it smaller, or give more data"
+            )
+        per_epoch = len(batches) if has_length(batches) else 0
+        total = self._total_steps(per_epoch)
+        lengths = self.train_dataset.lengths.mean() if isinstance(self.train_dataset, Rows) else None
+        tokens = batch["input_ids"].shape
+        steps = range(0, max(total, 1), max(total // 97, 1))  # a sample; curricula and rates change slowly or in turns
+        exits = [len(self._weights(step, total)) for step in steps]
+        dropped = [
+            sum(
+                rates(
+                    layers=self.layers,
+                    p_max=self.args.dropout,
+                    depth=self.args.dropout_depth,
+                    time=self.args.dropout_time,
+                    step=step,
+                    total_steps=max(total, 1),
+                )
+            )
+            / self.layers
+            for step in steps
+        ]
+        assert isinstance(self.model, nn.Module)
+        return estimate(
+            self.model,
+            Work(
+                steps=max(total - done, 0),
+                rows=tokens[0],
+                length=float(lengths) if lengths is not None else tokens[1],
+                learnt=float((batch["labels"] != -100).float().mean()),
+                accumulation=self.args.gradient_accumulation_steps,
+                exits=sum(exits) / len(exits),
+                dropped=sum(dropped) / len(dropped),
+                chunk=self.args.loss_chunk,
+                bytes_per_number=2
+                if self.args.bf16 or self.args.fp16
+                else next(self.model.parameters()).element_size(),
+                checkpointing=bool(self.args.activation_checkpointing),
+                shards=self.args.world_size if self.args.fully_shard else 1,
+            ),
+        )
+
+    def parameters(self) -> int:
+        """Numbers in the whole model, adapters and frozen ones included."""
+        return sum(weight.numel() for weight in self.exits.causal.parameters())
+
+    def _total_steps(self, batches: int) -> int:
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        if not batches:
+            raise RequestError("the data has no known end; give max_steps")
+        return math.ceil(max(batches // self.args.gradient_accumulation_steps, 1) * self.args.num_train_epochs)
+
+    # -- order
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy == "group_by_length" and isinstance(rows, Rows):
+            # one step's rows on all ranks are of about one length, so that none waits for another
+            together = self.args.train_batch_size * max(self.args.world_size, 1)
+            return LengthBuckets(rows.lengths, batch_size=together, seed=self._order_seed())
+        return super()._get_train_sampler(train_dataset)
+
+    def _order_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    # -- what must not be saved
 
     def _check_finite(self) -> None:
-        """Stops before weights spoilt by a loss that is not finite are saved."""
-        if self._broken is not None and bool(self._broken):
+        """Stops where the loss was not finite, on all ranks at once."""
+        if self._broken is not None:
+            self._refuse("the loss is", self._broken)
+
+    def check_before_saving(self) -> None:
+        """Stops before weights are saved that a finite loss with broken gradients has spoilt."""
+        self._check_finite()
+        trained = (weight for weight in self.exits.causal.parameters() if weight.requires_grad)
+        held = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in trained]
+        self._refuse("weights are", ~torch.stack([part.detach().isfinite().all() for part in held]).all())
+
+    def _refuse(self, what: str, broken: Tensor) -> None:
+        if self.args.world_size > 1:
+            broken = cast("Tensor", self.accelerator.reduce(broken.float(), "sum"))
+        if bool(broken):
             raise NumericalError(
-                f"the loss is not finite at or before step {self.state.global_step}; training stopped, and the last "
-                f"checkpoint in {self.args.output_dir} is from before it: lower the learning rate and resume from there"
+                f"{what} not finite at or before step {self.state.global_step}; training stopped, and "
+                f"{self.kept()}: begin again in another output_dir with a lower "
+                "learning rate (init_from takes a checkpoint), for this run would fail again were it to resume from "
+                "there"
             )
+
+
+def _reference(args: LayerSkipConfig) -> nn.Module:
+    """The anchor's reference model. Raises RequestError where it cannot be loaded."""
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            str(args.reference), dtype=torch.float32, device_map={"": args.device}
+        )
+    except (OSError, ValueError) as error:
+        reason, *_ = [*str(error).strip().splitlines(), type(error).__name__]
+        raise RequestError(f"the reference {args.reference} could not be loaded: {reason}") from error
+    return model

@@ -11,15 +11,7 @@ from layerskip.train.data.order import LengthBuckets, Shuffled, padding_share, p
 from layerskip.train.data.packing import Batch, Packed, Padded, StreamedRows, block_diagonal, cut_stream, pack
 from layerskip.train.data.sources import Reading, Source, find_files, iterate, read
 from layerskip.train.data.tokenizers import train_tokenizer
-from layerskip.train.data.topv2 import (
-    Tree,
-    exact_match,
-    parse_tree,
-    template,
-    topv2_statistics,
-    topv2_tokenizer,
-    well_formed,
-)
+from layerskip.train.data.topv2 import topv2_statistics, topv2_tokenizer
 
 __all__ = [
     "IGNORE",
@@ -39,24 +31,19 @@ __all__ = [
     "Shuffled",
     "Source",
     "StreamedRows",
-    "Tree",
     "Turn",
     "block_diagonal",
     "cut_stream",
     "digest",
     "encode",
-    "exact_match",
     "find_files",
     "hold_out",
     "iterate",
     "pack",
     "padding_share",
-    "parse_tree",
     "permutation",
     "read",
-    "template",
     "topv2_statistics",
     "topv2_tokenizer",
     "train_tokenizer",
-    "well_formed",
 ]

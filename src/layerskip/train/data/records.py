@@ -15,7 +15,7 @@ from typing import Any
 
 from layerskip.errors import RequestError
 from layerskip.train.data.examples import Chat, Document, Example, Pair, Turn
-from layerskip.train.data.topv2 import parse_tree
+from layerskip.train.data.topv2 import check_frame
 
 # What a record may consist of: each tuple is a kind of example.
 KINDS = (("messages",), ("prompt", "response"), ("text",))
@@ -98,7 +98,7 @@ def _topv2_example(line: str) -> Pair:
     _, utterance, frame = columns
     if not utterance.strip():
         raise RequestError("the utterance is empty")
-    parse_tree(frame)
+    check_frame(frame)
     return Pair(utterance, " ".join(frame.split()))
 
 

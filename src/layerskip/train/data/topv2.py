@@ -1,8 +1,8 @@
 """TOPv2: utterances, and the frames they are parsed into.
 
 Knows how a frame is written (``[IN:CREATE_ALARM Set an alarm [SL:DATE_TIME for 7 am ] ]``: an intent holds words and
-slots, a slot holds words and intents, each closed by a token `` ]``), how to compare two of them, and a tokenizer in
-which a frame is its utterance's own tokens with structure between them. Does not know files, batches or models.
+slots, a slot holds words and intents, each closed by a token `` ]``), and a tokenizer in which a frame is its
+utterance's own tokens with structure between them. Does not know files, batches or models.
 
 Source: Chen et al., "Low-Resource Domain Adaptation for Compositional Task-Oriented Semantic Parsing", EMNLP 2020.
 """
@@ -31,94 +31,31 @@ _OPENING = re.compile(r"\[(IN|SL):([A-Z][A-Z_]*)")
 _INSIDE = {"IN": "SL", "SL": "IN"}  # what may open inside what
 
 
-@dataclass(frozen=True)
-class Tree:
-    """A frame or a part of it.
+def check_frame(text: str) -> None:
+    """Checks that a text is a frame.
 
-    Args:
-        label: with its kind, such as ``IN:CREATE_ALARM`` or ``SL:DATE_TIME``.
-        children: words and parts, in order.
-    """
-
-    label: str
-    children: tuple[Tree | str, ...] = ()
-
-    def __str__(self) -> str:
-        return " ".join((f"[{self.label}", *map(str, self.children), "]"))
-
-
-def parse_tree(text: str) -> Tree:
-    """Reads a frame.
-
-    Args:
-        text: a frame; any white space separates its tokens.
-
-    Returns:
-        Its root, an intent; `str` of it is the frame with single spaces.
+    `layerskip.evaluate.frames` reads frames by the same rule; the two packages do not know each other.
 
     Raises:
         RequestError: the brackets do not balance, a label is not one, or there is not exactly one root intent.
-
-    Example:
-        >>> parse_tree("[IN:GET_WEATHER weather [SL:DATE_TIME today ] ]").children
-        ('weather', Tree(label='SL:DATE_TIME', children=('today',)))
     """
-    open_parts: list[tuple[str, list[Tree | str]]] = []
-    root: Tree | None = None
+    open_parts: list[str] = []
     for place, token in enumerate(text.split(), start=1):
-        if root is not None:
+        if place > 1 and not open_parts:
             raise RequestError(f"token {place}, {token!r}, comes after the frame has ended; a frame is one intent")
-        if token == "]":
-            if not open_parts:
-                raise RequestError(f"token {place} closes a bracket that nothing opened; a frame begins with [IN:")
-            label, children = open_parts.pop()
-            part = Tree(label, tuple(children))
-            if open_parts:
-                open_parts[-1][1].append(part)
-            else:
-                root = part
-        elif token.startswith("["):
-            _check_opening(token, place=place, inside=open_parts[-1][0] if open_parts else None)
-            open_parts.append((token[1:], []))
-        elif open_parts:
-            open_parts[-1][1].append(token)
-        else:
-            raise RequestError(f"token {place}, {token!r}, is outside of any bracket; a frame begins with [IN:")
-    if root is None:
-        if open_parts:
-            raise RequestError(f"{len(open_parts)} bracket(s) are never closed, the last one [{open_parts[-1][0]}")
+        if token.startswith("["):
+            _check_opening(token, place=place, inside=open_parts[-1] if open_parts else None)
+            open_parts.append(token[1:])
+        elif place == 1 and token == "]":
+            raise RequestError("token 1 closes a bracket that nothing opened; a frame begins with [IN:")
+        elif place == 1:
+            raise RequestError(f"token 1, {token!r}, is outside of any bracket; a frame begins with [IN:")
+        elif token == "]":
+            open_parts.pop()
+    if open_parts:
+        raise RequestError(f"{len(open_parts)} bracket(s) are never closed, the last one [{open_parts[-1]}")
+    if not text.split():
         raise RequestError("there is no frame in an empty text; a frame begins with [IN:")
-    return root
-
-
-def well_formed(text: str) -> bool:
-    """Whether `parse_tree` can read the text."""
-    try:
-        parse_tree(text)
-    except RequestError:
-        return False
-    return True
-
-
-def template(text: str) -> str:
-    """The frame without its words: which intents and slots there are, and how they are nested.
-
-    Args:
-        text: a frame.
-
-    Raises:
-        RequestError: it is not well formed.
-
-    Example:
-        >>> template("[IN:GET_WEATHER weather [SL:DATE_TIME today ] ]")
-        '[IN:GET_WEATHER [SL:DATE_TIME ] ]'
-    """
-    return str(_without_words(parse_tree(text)))
-
-
-def exact_match(given: str, wanted: str) -> bool:
-    """Whether two frames are the same text, white space aside: the measure of the TOPv2 papers."""
-    return given.split() == wanted.split()
 
 
 def _check_opening(token: str, *, place: int, inside: str | None) -> None:
@@ -129,10 +66,6 @@ def _check_opening(token: str, *, place: int, inside: str | None) -> None:
     if match[1] != allowed:
         where = "at the root" if inside is None else f"inside {inside}"
         raise RequestError(f"token {place}, {token!r}, stands {where}, where only [{allowed}: may open")
-
-
-def _without_words(tree: Tree) -> Tree:
-    return Tree(tree.label, tuple(_without_words(child) for child in tree.children if isinstance(child, Tree)))
 
 
 # How the annotators of TOPv2 cut an utterance into the words of its frame, read off the train split: "4pm" is "4 pm",
@@ -199,7 +132,12 @@ def topv2_tokenizer(examples: Iterable[Example], *, vocab_size: int = 3072) -> P
         special_tokens=[(token, vocabulary.token_to_id(token)) for token in (BOS, PARSE, EOS)],
     )
     # To the left, so that a batch of utterances can be continued.
-    return as_fast(vocabulary, bos=BOS, eos=EOS, pad=PAD, padding_side="left", extra=(PARSE,))
+    parser = as_fast(vocabulary, bos=BOS, eos=EOS, pad=PAD, padding_side="left", extra=(PARSE,))
+    # A conversation with a parser is its last utterance.
+    parser.chat_template = (
+        f"{{{{ bos_token }}}}{{{{ messages[-1]['content'] }}}}{{% if add_generation_prompt %}}{PARSE}{{% endif %}}"
+    )
+    return parser
 
 
 @dataclass(frozen=True)

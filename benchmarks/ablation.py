@@ -1,0 +1,277 @@
+"""What each part of the recipe does: six arms, several seeds, the same steps and tokens.
+
+    python benchmarks/ablation.py --data-folder FOLDER_WITH_topv2 --output runs/ablation
+
+Trains `topv2-ablation` with and without layer dropout, early-exit loss, self-distillation and an anchor, evaluates
+every model on rows held out of the train split, and writes `results.json` into the output folder; `--report FOLDER`
+also writes the table and the figure. A run that was stopped goes on where it was; what is finished is not done
+again. The speed of training is measured at the end, in turns, as tokens per second of processor time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from layerskip.evaluate.acceptance import best, measure
+from layerskip.evaluate.quality import ALL, evaluate
+from layerskip.evaluate.tasks import Item, Task, score_frame
+from layerskip.llm import LLM, load
+from layerskip.train.provenance import machine, versions
+from layerskip.train.rates import rates
+from layerskip.train.recipe import read_recipe
+from layerskip.train.run import Run
+
+ARMS: dict[str, dict[str, Any]] = {
+    "nothing": {"dropout": 0.0, "curriculum": "last"},
+    "dropout only": {"curriculum": "last"},
+    "exit loss only": {"dropout": 0.0},
+    "both": {},
+    "both + self-distillation": {"distillation": 0.5},
+    "both + anchor": {"anchor": 1.0},
+}
+EXIT_ITEMS, DRAFT_ITEMS = 300, 150  # of the held-out rows; the last layer is scored on all of them
+
+
+def main() -> None:
+    """Trains what is missing, then writes the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-folder", required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--steps", type=int, default=None, help="instead of the recipe's")
+    parser.add_argument("--only-train", action="store_true", help="leave speed and results to another call")
+    parser.add_argument("--report", type=Path, help="folder for the table and the figure")
+    asked = parser.parse_args()
+    for seed in asked.seeds:
+        for arm in ARMS:
+            one(arm, seed, asked)
+    if asked.only_train:
+        return
+    speeds = asked.output / "speed.json"
+    if not speeds.exists():
+        speeds.write_text(json.dumps(speed(asked), indent=2))
+    runs = [json.loads(path.read_text()) for path in sorted(asked.output.glob("*/result.json"))]
+    whole = {"versions": versions(), "machine": machine(), "runs": runs, "speed": json.loads(speeds.read_text())}
+    (asked.output / "results.json").write_text(json.dumps(whole, indent=1))
+    if asked.report:
+        report(asked.output, asked.report)
+
+
+def one(arm: str, seed: int, asked: argparse.Namespace) -> None:
+    """Trains and evaluates one model, unless that was done."""
+    folder = asked.output / f"{arm.replace(' ', '-').replace('+-', '')}-{seed}"
+    if (folder / "result.json").exists():
+        return
+    run = build(arm, seed, asked, folder)
+    if not (folder / "model.safetensors").exists():
+        print(f"== {arm}, seed {seed}", flush=True)
+        outcome = run.train()
+        (folder / "metrics.json").write_text(json.dumps(outcome.metrics))
+    items = [Item(example.prompt, example.response) for example in run.examples.evaluated]
+    task = Task("topv2", items, score_frame, max_tokens=128)
+    llm = load(folder, dtype="float32", max_batch=64)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    result = {"arm": arm, "seed": seed, "items": len(items), "metrics": metrics}
+    result |= {"exact_match": exact_match(llm, task), "speculation": speculation(llm, items)}
+    (folder / "result.json").write_text(json.dumps(result))
+    print(json.dumps({k: v for k, v in result.items() if k != "metrics"}), flush=True)
+
+
+def build(arm: str, seed: int, asked: argparse.Namespace, folder: Path, **more: Any) -> Run:
+    """The arm's run; the anchor's reference is the run without the recipe, of the same seed."""
+    keys = {"seed": seed, "data_seed": seed, "data_folder": asked.data_folder, "output_dir": str(folder)}
+    keys |= ARMS[arm] | more
+    if "anchor" in keys:
+        keys["reference"] = str(asked.output / f"nothing-{seed}")
+    if asked.steps and "max_steps" not in more:
+        keys["max_steps"] = asked.steps
+    if (folder / "model.safetensors").exists():
+        keys["output_dir"] = str(folder / "again")  # only its data is wanted
+    return Run(read_recipe("topv2-ablation", overrides=keys))
+
+
+def exact_match(llm: LLM, task: Task) -> dict[str, float]:
+    """By exit; the last one on all items."""
+    layers = llm.decoder.shape.layers
+    some = Task(task.name, task.items[:EXIT_ITEMS], task.scorer, max_tokens=task.max_tokens)
+    found = evaluate(llm, some, plain=False, exits=range(1, layers)).results
+    by_exit = {str(result.exit): result.scores[ALL]["exact_match"].mean for result in found}
+    return by_exit | {str(layers): evaluate(llm, task).results[0].scores[ALL]["exact_match"].mean}
+
+
+def speculation(llm: LLM, items: Sequence[Item]) -> dict[str, Any]:
+    """At the best exit and draft length; what the best of all is where none is predicted to be faster."""
+    prompts = [item.prompt for item in items[:DRAFT_ITEMS]]
+    found = measure(llm, prompts, exits=range(1, 5), draft_tokens=(2, 4, 6), max_tokens=128)
+    chosen = best(found) or max(found, key=lambda each: each.predicted_speedup)
+    return chosen.record()
+
+
+SPEED = {
+    "nothing": {"dropout": 0.0, "curriculum": "last"},
+    "dropout 0.2": {"dropout": 0.2, "curriculum": "last"},
+    "dropout 0.5": {"dropout": 0.5, "curriculum": "last"},
+    "exit loss": {"dropout": 0.0},
+    "both, dropout 0.2": {"dropout": 0.2},
+    "both + self-distillation": {"dropout": 0.2, "distillation": 0.5},
+}
+"""Arms whose speed is measured, on the shipped model's shape; rates at their full height."""
+
+
+def speed(asked: argparse.Namespace, rounds: int = 7, steps: int = 12) -> dict[str, Any]:
+    """Steps per second of processor time, on the same batches: arms in turns, the median over rounds after a warm-up.
+
+    Processor time of one thread, because another job on the machine would be in the time of a clock.
+    """
+    shape = read_recipe("topv2-parser").architecture
+    found: dict[str, list[float]] = {name: [] for name in SPEED}
+    for number in range(rounds + 1):
+        for name, keys in SPEED.items():
+            once = {"dropout_time": "constant", "dropout_depth": "exponential"} if keys["dropout"] else {}
+            folder = asked.output / "speed" / f"{name.replace(' ', '-')}-{number}"
+            whole = {**keys, **once, "architecture": shape, "data_folder": asked.data_folder, "output_dir": str(folder),
+                     "seed": number, "max_steps": steps, "warmup_steps": 0, "eval_rows": 1}  # fmt: skip
+            run = Run(read_recipe("topv2-ablation", overrides=whole))
+            begin = time.process_time()
+            run.trainer.train()
+            if number:
+                found[name].append(steps / (time.process_time() - begin))
+    skipped = {name: _mean_rate(keys["dropout"], shape) for name, keys in SPEED.items()}
+    return {
+        name: {"steps_per_cpu_second": statistics.median(values), "all": values, "skipped": skipped[name]}
+        for name, values in found.items()
+    }
+
+
+def _mean_rate(dropout: float, shape: dict[str, Any] | None) -> float:
+    assert shape is not None
+    layers = shape["num_hidden_layers"]
+    return sum(rates(layers, p_max=dropout)) / layers
+
+
+def means(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and its standard error."""
+    return statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def report(source: Path, folder: Path) -> None:
+    """Writes topv2-ablation.md and .png from results.json."""
+    whole = json.loads((source / "results.json").read_text())
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "topv2-ablation.json").write_text(json.dumps(whole, indent=1) + "\n")
+    (folder / "topv2-ablation.md").write_text(text(whole))
+    figure(whole, folder / "topv2-ablation.png")
+
+
+def text(whole: dict[str, Any]) -> str:
+    """The tables, means with standard errors over the seeds."""
+    runs = whole["runs"]
+    layers = len(runs[0]["exact_match"])
+    seeds = sorted({run["seed"] for run in runs})
+    lines = [
+        "# What each part of the recipe does",
+        "",
+        f"{runs[0]['items']} rows held out of TOPv2's train split (alarm, timer), {len(seeds)} seeds, mean ± standard "
+        f"error; the same steps and tokens for every arm. Exact match of the last layer on all rows, of other exits on "
+        f"{EXIT_ITEMS}; loss and agreement per token with the right tokens before it; self-speculation on "
+        f"{DRAFT_ITEMS} "
+        "rows at the exit and draft length with the best predicted speedup.",
+        "",
+        "```bash",
+        "python benchmarks/ablation.py --data-folder ../shared/data --output runs/ablation --report docs/results",
+        "```",
+        "",
+        "## Last layer, and self-speculation",
+        "",
+        "| arm | exact match | loss | acceptance | tokens per round | best (E, K) |",
+        "|---|---:|---:|---:|---:|---|",
+    ]
+    for arm, found in arms(runs):
+        best_at = ", ".join(f"({run['speculation']['exit']}, {run['speculation']['draft_tokens']})" for run in found)
+        cells = [
+            _cell([run["exact_match"][str(layers)] for run in found], percent=True),
+            _cell([run["metrics"][f"eval_exit_loss/{layers}"] for run in found]),
+            _cell([run["speculation"]["rate"] for run in found], percent=True),
+            _cell([run["speculation"]["tokens_per_round"] for run in found]),
+            best_at,
+        ]
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    for title, value in (
+        ("Exact match by exit", lambda run, exit: 100 * run["exact_match"][str(exit)]),
+        ("Loss by exit", lambda run, exit: run["metrics"][f"eval_exit_loss/{exit}"]),
+        (
+            "Agreement with the last layer by exit, %",
+            lambda run, exit: 100 * run["metrics"][f"eval_exit_agreement/{exit}"],
+        ),
+    ):
+        lines += ["", f"## {title}", "", "| arm |" + "".join(f" {exit} |" for exit in range(1, layers + 1))]
+        lines.append("|---|" + "---:|" * layers)
+        for arm, found in arms(runs):
+            cells = [_cell([value(run, exit) for run in found]) for exit in range(1, layers + 1)]
+            lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "## Speed of training",
+        "",
+        "Steps per second of processor time, 12 layers of width 192 (the shipped model's shape), 64 rows, one thread, "
+        "median of 7 rounds in turns; rates at their full height. Gain is over nothing; skipped is the share of the "
+        "layers' rows that dropout leaves out.",
+        "",
+        "| arm | steps per second | gain | skipped |",
+        "|---|---:|---:|---:|",
+    ]
+    base = whole["speed"]["nothing"]["steps_per_cpu_second"]
+    for arm, found in whole["speed"].items():
+        gain = found["steps_per_cpu_second"] / base - 1
+        lines.append(f"| {arm} | {found['steps_per_cpu_second']:.3f} | {gain:+.1%} | {found['skipped']:.1%} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(values: Sequence[float], *, percent: bool = False) -> str:
+    mean, error = means(values)
+    return f"{mean:.1%} ± {error:.1%}" if percent else f"{mean:.3g} ± {error:.2g}"
+
+
+def figure(whole: dict[str, Any], path: Path) -> None:
+    """Loss, agreement and exact match over exits, one line per arm."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    runs = whole["runs"]
+    exits = range(1, len(runs[0]["exact_match"]) + 1)
+    panels = {
+        "loss": lambda run, exit: run["metrics"][f"eval_exit_loss/{exit}"],
+        "agreement with the last layer, %": lambda run, exit: 100 * run["metrics"][f"eval_exit_agreement/{exit}"],
+        "exact match, %": lambda run, exit: 100 * run["exact_match"][str(exit)],
+    }
+    drawn, axes = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    for axis, (title, value) in zip(axes, panels.items(), strict=True):
+        for arm, found in arms(runs):
+            points = [means([value(run, exit) for run in found]) for exit in exits]
+            axis.errorbar(
+                list(exits), [mean for mean, _ in points], [error for _, error in points], label=arm, capsize=2
+            )
+        axis.set_title(title)
+        axis.set_xlabel("exit")
+        axis.grid(alpha=0.3)
+    axes[0].set_yscale("log")
+    axes[0].legend(fontsize=8)
+    drawn.savefig(path, dpi=110)
+
+
+def arms(runs: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The runs of each arm."""
+    for arm in ARMS:
+        yield arm, [run for run in runs if run["arm"] == arm]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""From a recipe to what a trainer needs: examples, tokenizer, rows, model.
+
+Knows data and models; knows nothing of steps. Everything is decided by the recipe and its seed, so every process
+builds the same.
+"""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch.utils.data import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
+
+from layerskip.errors import RequestError, suggest
+from layerskip.train.data import (
+    Document,
+    Encoded,
+    Example,
+    Packed,
+    Padded,
+    Pair,
+    Source,
+    StreamedRows,
+    cut_stream,
+    digest,
+    encode,
+    hold_out,
+    iterate,
+    pack,
+    read,
+    topv2_tokenizer,
+    train_tokenizer,
+)
+from layerskip.train.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What is learnt and what is evaluated on.
+
+    Args:
+        learnt: to train on; empty where a data set is streamed.
+        evaluated: to evaluate on; may be empty.
+        sha256: of the files that were read, by name.
+        digests: of both lists of examples.
+        skipped: malformed rows left out.
+        complaints: the first of them.
+    """
+
+    learnt: list[Example]
+    evaluated: list[Example]
+    sha256: dict[str, str]
+    digests: dict[str, str]
+    skipped: int
+    complaints: tuple[str, ...]
+
+
+def examples(recipe: Recipe) -> Examples:
+    """Reads a recipe's data. Raises what `read` raises."""
+    folder = Path(recipe.data_folder)
+    learnt, hashes, skipped, complaints = _read_all(recipe, recipe.data, folder)
+    evaluated, more, missed, moaned = _read_all(recipe, recipe.eval_data, folder)
+    if recipe.eval_share:
+        learnt, evaluated = hold_out(learnt, share=recipe.eval_share, seed=recipe.training.get("seed", 42))
+        if not learnt or not evaluated:
+            raise RequestError(
+                f"eval_share {recipe.eval_share} of {len(learnt) + len(evaluated):,} examples leaves one side empty; "
+                "give eval_data"
+            )
+    if recipe.eval_rows:
+        evaluated = evaluated[: recipe.eval_rows]
+    digests = {name: digest(part) for name, part in (("data", learnt), ("eval_data", evaluated)) if part}
+    return Examples(learnt, evaluated, hashes | more, digests, skipped + missed, (*complaints, *moaned))
+
+
+def _read_all(
+    recipe: Recipe, sources: Iterable[Source], folder: Path
+) -> tuple[list[Example], dict[str, str], int, tuple[str, ...]]:
+    found: list[Example] = []
+    hashes: dict[str, str] = {}
+    skipped = 0
+    complaints: tuple[str, ...] = ()
+    for source in sources:
+        if source.streaming:
+            continue
+        reading = read(_with_library(source), skip_bad=recipe.skip_bad, folder=folder)
+        found += reading.examples
+        hashes |= reading.sha256
+        skipped += reading.skipped
+        complaints = (*complaints, *reading.complaints)
+    return found, hashes, skipped, complaints
+
+
+def _with_library(source: Source) -> Source:
+    """A source whose patterns may begin with ${stdlib}, the folder of Python's standard library."""
+    library = sysconfig.get_paths()["stdlib"]
+    files = [source.files] if isinstance(source.files, str) else list(source.files)
+    return replace(source, files=tuple(name.replace("${stdlib}", library) for name in files)) if files else source
+
+
+def tokenizer(recipe: Recipe, learnt: list[Example]) -> PreTrainedTokenizerBase:
+    """The recipe's tokenizer: trained on what is learnt, or loaded."""
+    if recipe.tokenizer == "topv2":
+        assert recipe.vocab_size is not None
+        return topv2_tokenizer(learnt, vocab_size=recipe.vocab_size)
+    if recipe.tokenizer == "bpe":
+        assert recipe.vocab_size is not None
+        return train_tokenizer(_texts(learnt), vocab_size=recipe.vocab_size)
+    name = recipe.tokenizer or recipe.init_from
+    assert name is not None
+    revision = None if recipe.tokenizer else recipe.revision
+    try:
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        raise RequestError(f"no tokenizer could be loaded from {name}: {_first_line(error)}") from error
+    if loaded.pad_token_id is None:  # as Llama's: any id will do, since fill is neither learnt nor attended to
+        loaded.pad_token = loaded.eos_token
+    return loaded
+
+
+def _texts(learnt: Iterable[Example]) -> Iterator[str]:
+    for example in learnt:
+        match example:
+            case Document(text):
+                yield text
+            case Pair(prompt, response):
+                yield from (prompt, response)
+            case _:
+                yield from (turn.content for turn in example.turns)
+
+
+def rows(recipe: Recipe, learnt: list[Example], tokens: PreTrainedTokenizerBase) -> tuple[Dataset[Any], int]:
+    """What is learnt, as rows for a trainer, and how many examples were too long and left out."""
+    streamed = next((source for source in recipe.data if source.streaming), None)
+    if streamed is not None:
+        assert recipe.max_length is not None
+        seed = recipe.training.get("seed", 42)
+        endless = StreamedRows(
+            lambda epoch: iterate(streamed, skip_bad=recipe.skip_bad, seed=seed + epoch),
+            tokenizer=tokens,
+            length=recipe.max_length,
+            limits=recipe.limits,
+        )
+        return endless, 0
+    encoded = arranged(recipe, learnt, tokens)
+    return encoded.rows, encoded.dropped
+
+
+def arranged(recipe: Recipe, some: list[Example], tokens: PreTrainedTokenizerBase) -> Encoded:
+    """Examples as rows, put together as the recipe's batching says."""
+    limits = recipe.limits if recipe.batching != "stream" else replace(recipe.limits, max_length=None)
+    encoded = encode(some, tokenizer=tokens, limits=limits)
+    if recipe.batching == "padded":
+        return encoded
+    assert recipe.max_length is not None
+    together = pack if recipe.batching == "packed" else cut_stream
+    return replace(encoded, rows=together(encoded.rows, length=recipe.max_length))
+
+
+def collator(recipe: Recipe, model: torch.nn.Module, tokens: PreTrainedTokenizerBase) -> Padded | Packed:
+    """What makes batches of the rows."""
+    pad = tokens.pad_token_id
+    assert isinstance(pad, int)
+    if recipe.batching == "packed":
+        return Packed.suited_to(model.config, pad_id=pad, length=recipe.max_length)  # type: ignore[arg-type]
+    return Padded(pad_id=pad)
+
+
+def model(recipe: Recipe, tokens: PreTrainedTokenizerBase) -> torch.nn.Module:
+    """The recipe's model: from scratch with the recipe's seed, or loaded; with its adapter."""
+    dtype = getattr(torch, recipe.dtype)
+    how: dict[str, Any] = {"attn_implementation": recipe.attention} if recipe.attention else {}
+    if recipe.architecture is not None:
+        set_seed(recipe.training.get("seed", 42))
+        config = _config(recipe.architecture, tokens)
+        try:
+            built: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, **how)
+        except (ValueError, ImportError, KeyError, RuntimeError) as error:
+            raise RequestError(f"the model cannot be built: {_first_line(error)}") from error
+    else:
+        try:
+            built = AutoModelForCausalLM.from_pretrained(
+                str(recipe.init_from), revision=recipe.revision, dtype=dtype, **how
+            )
+        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+            raise RequestError(f"{recipe.init_from} could not be loaded: {_first_line(error)}") from error
+    if len(tokens) > built.config.vocab_size:
+        raise RequestError(
+            f"the tokenizer has {len(tokens):,} tokens and the model {built.config.vocab_size:,}; use the model's own "
+            "tokenizer, or leave vocab_size out of architecture"
+        )
+    return _adapted(built, recipe.lora) if recipe.lora is not None else built
+
+
+def _config(architecture: dict[str, Any], tokens: PreTrainedTokenizerBase) -> Any:
+    settings = dict(architecture)
+    kind = settings.pop("model_type")
+    try:
+        default = AutoConfig.for_model(kind)
+    except ValueError as error:
+        raise RequestError(
+            f"model_type {kind!r} is unknown to transformers; use llama, mistral, qwen3 or gpt2, say"
+        ) from error
+    known = [*default.to_dict(), *default.attribute_map]
+    for name in settings:
+        if name not in known:
+            raise RequestError(
+                f"unknown key {name!r} in architecture: a {kind} model has no such setting{suggest(name, known)}"
+            )
+    ids = {f"{name}_token_id": getattr(tokens, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    try:
+        return AutoConfig.for_model(kind, **{"vocab_size": len(tokens), **ids, **settings})
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise RequestError(f"architecture is not possible: {' '.join(str(error).split())}") from error
+
+
+def _adapted(built: Any, settings: dict[str, Any]) -> torch.nn.Module:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise RequestError("lora needs peft; install layerskip[train]") from error
+    try:
+        config = LoraConfig(task_type="CAUSAL_LM", **settings)
+        adapted: torch.nn.Module = get_peft_model(built, config)
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"lora is not possible: {_first_line(error)}") from error
+    return adapted
+
+
+def _first_line(error: BaseException) -> str:
+    if isinstance(error, KeyError):
+        return f"nothing is called {error}"
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
