@@ -1,7 +1,12 @@
 # Needs GNU make and Python >= 3.11; everything else goes into .venv. `make` lists the targets.
 PYTHON  ?= python3
-STORIES ?= ../shared/data/stories260k
 WORKERS ?= 2
+
+# for `make demo`
+UTTERANCES := "set an alarm for 7 am tomorrow and remind me to call mom" \
+              "how long is my commute to work if I leave at 8" \
+              "play some jazz from the 60s" \
+              "will it rain in Seattle this weekend"
 
 VENV  := .venv
 BIN   := $(VENV)/bin
@@ -24,15 +29,12 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(STAMP) ## generate a story with early-exit drafts, next to plain decoding
-	@if [ -f "$(STORIES)/config.json" ]; then \
-	    set -ex; \
-	    $(BIN)/layerskip generate "Once upon a time" -m "$(STORIES)" --draft early-exit:3 --max-tokens 120 --compare; \
-	    $(BIN)/layerskip inspect -m "$(STORIES)"; \
-	else \
-	    echo "The demo checkpoint is not here: no config.json in '$(STORIES)'."; \
-	    echo "Name a Llama-family checkpoint folder of your own: make demo STORIES=path/to/checkpoint"; \
-	fi
+demo: $(STAMP) ## parse a few utterances with the model of the package, plainly and with its first layers drafting
+	@set -e; for utterance in $(UTTERANCES); do \
+	    (set -x; $(BIN)/layerskip generate "$$utterance" --draft early-exit --dtype float32 --compare); \
+	done
+	$(BIN)/layerskip verify --dtype float32
+	$(BIN)/layerskip inspect
 
 test: $(STAMP) ## run the tests, without the slow ones
 	$(BIN)/pytest -q -n $(WORKERS)

@@ -34,7 +34,7 @@ def refused(result: Any, status: int, *parts: str) -> None:
         (["--exit", "4"], ["exit 4 is not inside this 3-layer model; use 1..3"]),
         (["--draft", "early-exit:3"], ["draft exit 3 is not below the 3 layers", "use 1..2"]),
         (["--draft", "early-exit:0"], ["draft exit 0 is not possible; use 1 or more layers"]),
-        (["--draft", "early-exit"], ["early-exit needs a number of layers", "write early-exit:3, say"]),
+        (["--draft", "early-exit"], ["recommends no exit; write early-exit:3, say"]),
         (["--draft", "early-exit:1", "--exit", "1"], ["no earlier exit to draft from; use no drafter"]),
         (["--draft", "early-exit:1", "--draft-tokens", "0"], ["drafting 0 tokens a round", "use 1 or more"]),
         (["--draft", "lookup", "--draft-tokens", "-1"], ["drafting -1 tokens a round", "use 1 or more"]),

@@ -24,6 +24,13 @@ def test_help_imports_nothing_heavy(words: str) -> None:
     assert done.stdout.splitlines()[-1] == "HEAVY"
 
 
+def test_an_unknown_command_names_those_there_are(run: Any) -> None:
+    done = run("finetune")
+    assert done.exit_code == 2
+    [line] = done.stderr.splitlines()
+    assert all(command in line for command in COMMANDS)
+
+
 def test_python_m_layerskip() -> None:
     command = [sys.executable, "-m", "layerskip", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
