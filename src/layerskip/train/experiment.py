@@ -35,6 +35,7 @@ from layerskip.train.data import (
     iterate,
     pack,
     read,
+    recombined,
     topv2_tokenizer,
     train_tokenizer,
 )
@@ -149,7 +150,8 @@ def rows(recipe: Recipe, learnt: list[Example], tokens: PreTrainedTokenizerBase)
             limits=recipe.limits,
         )
         return endless, 0
-    encoded = arranged(recipe, learnt, tokens)
+    made = recombined(learnt, share=recipe.recombine, seed=recipe.training.get("seed", 42)) if recipe.recombine else []
+    encoded = arranged(recipe, [*learnt, *made], tokens)
     return encoded.rows, encoded.dropped
 
 

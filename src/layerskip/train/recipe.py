@@ -47,6 +47,7 @@ class Recipe:
         eval_data: what is evaluated on.
         eval_share: share of `data` that is held out by content and evaluated on, where there is no `eval_data`.
         eval_rows: rows evaluated on at most; 0 is all.
+        recombine: further pairs of utterance and frame for each one, made by exchanging the words of slots (TOPv2).
         skip_bad: leave malformed rows out.
         max_length: tokens of a row; what is longer is cut or refused (`too_long`).
         too_long: a prompt with a response longer than `max_length` is an "error", or left out: "drop".
@@ -75,6 +76,7 @@ class Recipe:
     eval_data: tuple[Source, ...] = ()
     eval_share: float = 0.0
     eval_rows: int = 0
+    recombine: float = 0.0
     skip_bad: bool = False
     max_length: int | None = None
     too_long: Literal["error", "drop"] = "error"
@@ -338,7 +340,7 @@ def _check_needed(recipe: Recipe) -> None:
 _LEAST = {
     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
     "learning_rate": 0, "weight_decay": 0, "adam_epsilon": 0, "loss_chunk": 0, "seed": 0, "data_seed": 0,
-    "max_grad_norm": 0, "eval_rows": 0, "acceptance_prompts": 0, "acceptance_tokens": 1,
+    "max_grad_norm": 0, "eval_rows": 0, "recombine": 0, "acceptance_prompts": 0, "acceptance_tokens": 1,
 }  # fmt: skip
 """Numbers that transformers and torch would refuse late, or in no words of ours."""
 

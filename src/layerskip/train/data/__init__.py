@@ -9,6 +9,7 @@ from layerskip.train.data.encoding import IGNORE, Encoded, Limits, Row, Rows, en
 from layerskip.train.data.examples import Chat, Document, Example, Pair, Turn, digest, hold_out
 from layerskip.train.data.order import LengthBuckets, Shuffled, padding_share, permutation
 from layerskip.train.data.packing import Batch, Packed, Padded, StreamedRows, block_diagonal, cut_stream, pack
+from layerskip.train.data.recombine import recombined
 from layerskip.train.data.sources import Reading, Source, find_files, iterate, read
 from layerskip.train.data.tokenizers import train_tokenizer
 from layerskip.train.data.topv2 import topv2_statistics, topv2_tokenizer
@@ -43,6 +44,7 @@ __all__ = [
     "padding_share",
     "permutation",
     "read",
+    "recombined",
     "topv2_statistics",
     "topv2_tokenizer",
     "train_tokenizer",
