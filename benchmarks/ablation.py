@@ -125,7 +125,7 @@ SPEED = {
 """Arms whose speed is measured, on the shipped model's shape; rates at their full height."""
 
 
-def speed(asked: argparse.Namespace, rounds: int = 7, steps: int = 12) -> dict[str, Any]:
+def speed(asked: argparse.Namespace, rounds: int = 3, steps: int = 8) -> dict[str, Any]:
     """Steps per second of processor time, on the same batches: arms in turns, the median over rounds after a warm-up.
 
     Processor time of one thread, because another job on the machine would be in the time of a clock.
@@ -178,7 +178,7 @@ def text(whole: dict[str, Any]) -> str:
     lines = [
         "# What each part of the recipe does",
         "",
-        f"{runs[0]['items']} rows held out of TOPv2's train split (alarm, timer), {len(seeds)} seeds, mean ± standard "
+        f"About {runs[0]['items']} rows held out of TOPv2's train split (alarm, timer), {len(seeds)} seeds, mean ± standard "
         f"error; the same steps and tokens for every arm. Exact match of the last layer on all rows, by exit on the "
         f"first {EXIT_ITEMS}; loss and agreement per token with the right tokens before it; self-speculation on "
         f"{DRAFT_ITEMS} rows at the exit and draft length with the best predicted speedup.",
@@ -220,7 +220,7 @@ def text(whole: dict[str, Any]) -> str:
         "## Speed of training",
         "",
         "Steps per second of processor time, 12 layers of width 192 (the shipped model's shape), 64 rows, one thread, "
-        "median of 7 rounds in turns; rates at their full height. Gain is over nothing; skipped is the share of the "
+        "median of 3 rounds in turns; rates at their full height. Gain is over nothing; skipped is the share of the "
         "layers' rows that dropout leaves out.",
         "",
         "| arm | steps per second | gain | skipped |",
