@@ -77,5 +77,5 @@ def test_a_recipe_trains_on_them_beside_the_given_ones() -> None:
     more, _ = experiment.rows(read_recipe("topv2-parser", overrides={"recombine": 80, "seed": 5}), PAIRS, tokenizer)
     assert len(plain) == len(PAIRS)  # type: ignore[arg-type]
     assert len(more) == len(PAIRS) + len(recombined(PAIRS, share=80, seed=5)) > len(PAIRS)  # type: ignore[arg-type]
-    with pytest.raises(RequestError, match="recombine -1.0 is not possible"):
+    with pytest.raises(RequestError, match=r"recombine -1\.0 is not possible"):
         read_recipe("topv2-parser", overrides={"recombine": -1})
