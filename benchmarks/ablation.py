@@ -179,8 +179,8 @@ def text(whole: dict[str, Any]) -> str:
         "# What each part of the recipe does",
         "",
         f"About {runs[0]['items']} rows held out of TOPv2's train split (alarm, timer), {len(seeds)} seeds, mean ± "
-        f"standard error; the same steps and tokens for every arm. Exact match of the last layer on all rows, by exit on the "
-        f"first {EXIT_ITEMS}; loss and agreement per token with the right tokens before it; self-speculation on "
+        "standard error; the same steps and tokens for every arm. Exact match of the last layer on all, by exit on "
+        f"the first {EXIT_ITEMS}; loss and agreement per token with the right tokens before it; self-speculation on "
         f"{DRAFT_ITEMS} rows at the exit and draft length with the best predicted speedup.",
         "",
         "```bash",
