@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from layerskip.cli.measure import Run, follow
-
 if TYPE_CHECKING:
     from layerskip.cli.generate import Task
     from layerskip.decode.draft import Drafter
+    from layerskip.evaluate.follow import Run
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,8 @@ class Comparison:
 
 def compare_with_plain(task: Task, drafted: Run, drafter: Drafter | None) -> Comparison:
     """Decodes the task plainly and sets both side by side."""
+    from layerskip.evaluate.follow import follow
+
     plain = follow(task.start(None))
     pairs = zip(drafted.completions, plain.completions, strict=True)
     return Comparison(

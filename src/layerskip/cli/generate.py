@@ -9,7 +9,6 @@ import typer
 
 from layerskip.cli.compare import Comparison, compare_with_plain
 from layerskip.cli.flags import DraftFlags, EndFlags, ModelFlags, SamplingFlags, ShowFlags, draft_record, label
-from layerskip.cli.measure import Run, follow, fresh
 from layerskip.cli.prompts import File, read_text, text_argument
 from layerskip.cli.screen import ACCEPTED, OWN, Screen, write_json
 from layerskip.errors import RequestError
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from layerskip.decode.draft import Drafter
     from layerskip.decode.logprobs import TokenLogprob
     from layerskip.decode.sampling import Sampling
+    from layerskip.evaluate.follow import Run
     from layerskip.llm import LLM, Chunk, Completion, Stream
 
 
@@ -55,6 +55,8 @@ def generate(
     if compare and draft.draft == "none":
         raise RequestError("--compare sets a drafter against plain decoding; add --draft early-exit:E, say")
     llm = model.load()
+    from layerskip.evaluate.follow import follow
+
     task = Task(llm, llm.encode(text), exit, _seeded(sampling.sampling(llm)), end, n, logprobs)
     drafter = draft.drafter(llm)
     if compare:
@@ -90,6 +92,8 @@ class Task:
 
     def start(self, drafter: Drafter | None) -> Stream:
         """Begins, with nothing cached from before."""
+        from layerskip.evaluate.follow import fresh
+
         return fresh(self.llm).stream(
             self.ids,
             draft=drafter,
@@ -102,6 +106,8 @@ class Task:
 
     def warm_up(self, drafter: Drafter | None) -> None:
         """A few rounds of either kind, so that neither measurement pays for the first use of anything."""
+        from layerskip.evaluate.follow import fresh
+
         self.start(drafter)  # refuses what cannot be served before anything is run
         for each in (drafter, None):
             fresh(self.llm).generate(self.ids[:1], draft=each, exit=self.exit, max_tokens=8, ignore_eos=True)
@@ -133,6 +139,8 @@ class Task:
 
 def show_run(stream: Stream, screen: Screen, *, drafting: bool) -> Run:
     """Writes the text as it comes; several completions grow side by side, so they are written at the end."""
+    from layerskip.evaluate.follow import follow
+
     several = len(stream.completions) > 1
     chunks: dict[int, list[Chunk]] = {}
 

@@ -16,7 +16,6 @@ import typer
 from layerskip.cli.compare import first_difference
 from layerskip.cli.flags import DraftFlags, ModelFlags, ShowFlags, draft_record, label
 from layerskip.cli.generate import dtype_name
-from layerskip.cli.measure import fresh
 from layerskip.cli.prompts import read_prompts
 from layerskip.cli.screen import Screen, write_json
 from layerskip.decode.acceptance import Acceptance
@@ -202,6 +201,8 @@ def encoded(llm: LLM, prompts: Sequence[str]) -> list[tuple[str, list[int]]]:
 
 def check(llm: LLM, prompt: str, ids: list[int], *, drafter: Drafter | None, max_tokens: int) -> Result:
     """Decodes a prompt plainly and with the drafter, each on a cache of its own."""
+    from layerskip.evaluate.follow import fresh
+
     plain = fresh(llm).generate(ids, max_tokens=max_tokens)
     drafted = fresh(llm).generate(ids, max_tokens=max_tokens, draft=drafter)
     assert not isinstance(plain, list)

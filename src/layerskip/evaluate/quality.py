@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from layerskip.decode.acceptance import Acceptance
 from layerskip.decode.draft import Drafter
 from layerskip.errors import RequestError
+from layerskip.evaluate.follow import Run, follow, fresh
 from layerskip.evaluate.tasks import Task
 from layerskip.llm import LLM, Completion
 
@@ -165,7 +165,7 @@ def evaluate(
     prompts = encoded(llm, task)
     results: list[Result] = []
     for name, exit, drafter in ways:
-        run = _run(_fresh(llm, batch), task, prompts, exit=exit, draft=drafter)
+        run = _run(fresh(llm, batch=batch), task, prompts, exit=exit, draft=drafter)
         same = _same(run.completions, results[0].completions) if plain and results else None
         results.append(
             Result(
@@ -173,8 +173,8 @@ def evaluate(
                 exit=layers if exit is None else exit,
                 completions=run.completions,
                 scores=score(task, [completion.text for completion in run.completions]),
-                seconds=run.seconds,
-                acceptance=None if drafter is None else run.counts,
+                seconds=run.total,
+                acceptance=None if drafter is None else run.acceptance,
                 identical=same,
             )
         )
@@ -221,40 +221,21 @@ def drafter_name(drafter: Drafter) -> str:
     return f"{drafter.name}{depth} K={drafter.tokens}"
 
 
-@dataclass(frozen=True)
-class _Run:
-    completions: Sequence[Completion]
-    counts: Acceptance
-    seconds: float
-
-
-def _run(llm: LLM, task: Task, prompts: Sequence[Sequence[int]], *, exit: int | None, draft: Drafter | None) -> _Run:
+def _run(llm: LLM, task: Task, prompts: Sequence[Sequence[int]], *, exit: int | None, draft: Drafter | None) -> Run:
     """Generates for all prompts, longest first; the completions are in the order of the prompts."""
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    counts = Acceptance()
-    shared: tuple[float, float, float] | None = None
-    seconds = [0.0, 0.0, 0.0]
-    began = time.perf_counter()
-    with llm.stream(
-        [prompts[i] for i in order], draft=draft, exit=exit, max_tokens=task.max_tokens, stop=task.stop
-    ) as stream:
-        for chunk in stream:
-            if chunk.seconds != shared:  # rows of one round carry the same three numbers
-                shared = chunk.seconds
-                seconds = [a + b for a, b in zip(seconds, shared, strict=True)]
-    total = time.perf_counter() - began
-    for completion in stream.completions:
-        counts.merge(completion.acceptance)
-    counts.draft_seconds, counts.verify_seconds, counts.rest_seconds = seconds
-    found = dict(zip(order, stream.completions, strict=True))
-    return _Run([found[i] for i in range(len(prompts))], counts, total)
+    run = follow(
+        llm.stream([prompts[i] for i in order], draft=draft, exit=exit, max_tokens=task.max_tokens, stop=task.stop)
+    )
+    if run.interrupted:
+        raise KeyboardInterrupt
+    found = dict(zip(order, run.completions, strict=True))
+    return replace(
+        run,
+        completions=[found[i] for i in range(len(prompts))],
+        arrivals=[replace(arrival, index=order[arrival.index]) for arrival in run.arrivals],
+    )
 
 
 def _same(one: Sequence[Completion], other: Sequence[Completion]) -> int:
     return sum(a.tokens == b.tokens for a, b in zip(one, other, strict=True))
-
-
-def _fresh(llm: LLM, batch: int | None) -> LLM:
-    """The same weights with an empty cache, so that one way of decoding does not spare the next its prompts."""
-    rows = llm.max_batch if batch is None else batch
-    return LLM(llm.decoder, llm.tokenizer, eos=llm.eos, name=llm.name, max_batch=rows)

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from layerskip import environment
 from layerskip.errors import LayerSkipError, RequestError
 from layerskip.train import experiment, provenance, saving
 from layerskip.train.card import SETTINGS, card
@@ -171,10 +172,10 @@ class Run:
         before = provenance.load(self.folder) if self.resume_from else None
         return {
             "recipe": self.recipe.record(),
-            "command": provenance.command(),
-            "versions": provenance.versions(),
-            "machine": provenance.machine(),
-            "commit": provenance.revision(),
+            "command": environment.command(),
+            "versions": environment.versions(),
+            "machine": environment.machine(),
+            "commit": environment.revision(),
             "data": self.examples.sha256,
             "digests": self.examples.digests,
             "examples": {"learnt": len(self.examples.learnt), "evaluated": len(self.examples.evaluated)},

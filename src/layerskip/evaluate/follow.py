@@ -8,13 +8,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 from layerskip.decode.acceptance import Acceptance
+from layerskip.llm import LLM, Chunk, Completion, Stream
 
-if TYPE_CHECKING:
-    from layerskip.llm import LLM, Chunk, Completion, Stream
+
+@dataclass(frozen=True)
+class Arrival:
+    """A chunk that came in.
+
+    Args:
+        index: the completion it belongs to.
+        seconds: since the first call.
+        tokens: how many it brought.
+    """
+
+    index: int
+    seconds: float
+    tokens: int
 
 
 @dataclass
@@ -28,6 +41,7 @@ class Run:
         rest: seconds spent on everything else in the rounds.
         total: seconds from the first call to the last token.
         interrupted: whether Ctrl-C ended it.
+        arrivals: for every chunk, the completion it belongs to, the second it came in, and its tokens.
     """
 
     completions: list[Completion]
@@ -36,6 +50,7 @@ class Run:
     rest: float = 0.0
     total: float = 0.0
     interrupted: bool = False
+    arrivals: list[Arrival] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -126,6 +141,7 @@ def follow(stream: Stream, see: Callable[[Chunk], None] = lambda chunk: None) ->
                         run.verify + shared[1],
                         run.rest + shared[2],
                     )
+                run.arrivals.append(Arrival(chunk.index, time.perf_counter() - began, len(chunk.tokens)))
                 see(chunk)
     except KeyboardInterrupt:
         run.interrupted = True
@@ -133,8 +149,15 @@ def follow(stream: Stream, see: Callable[[Chunk], None] = lambda chunk: None) ->
     return run
 
 
-def fresh(llm: LLM) -> LLM:
-    """The same weights with an empty cache, so that one measurement does not spare the next its prompt."""
-    from layerskip.llm import LLM
+def fresh(llm: LLM, *, batch: int | None = None) -> LLM:
+    """The same weights with an empty cache, so that one measurement does not spare the next its prompt.
 
-    return LLM(llm.decoder, llm.tokenizer, eos=llm.eos, name=llm.name, max_batch=llm.max_batch)
+    Args:
+        llm: the model.
+        batch: rows that decode side by side; None is the model's own.
+
+    Raises:
+        RequestError: fewer than one row.
+    """
+    rows = llm.max_batch if batch is None else batch
+    return LLM(llm.decoder, llm.tokenizer, eos=llm.eos, name=llm.name, max_batch=rows, recommended=llm.recommended)

@@ -1,0 +1,108 @@
+"""Results as files: one JSON object each, with everything that is needed to repeat its figures.
+
+Knows the machine, the model and folders. Does not know what was measured: that is the `kind` of a record.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from layerskip import environment
+from layerskip.errors import RequestError, StorageError
+from layerskip.llm import LLM
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A figure that was measured several times.
+
+    Args:
+        median: of the runs.
+        low: the least of them.
+        high: the most of them.
+        runs: as measured, in order.
+    """
+
+    median: float
+    low: float
+    high: float
+    runs: tuple[float, ...]
+
+    @classmethod
+    def of(cls, runs: Sequence[float]) -> Spread:
+        """The spread of at least one run.
+
+        Example:
+            >>> Spread.of([2.0, 4.0, 3.0])
+            Spread(median=3.0, low=2.0, high=4.0, runs=(2.0, 4.0, 3.0))
+        """
+        return cls(statistics.median(runs), min(runs), max(runs), tuple(runs))
+
+    def record(self) -> dict[str, Any]:
+        """The same for JSON."""
+        return asdict(self)
+
+
+def about(kind: str, llm: LLM) -> dict[str, Any]:
+    """What every record begins with: its kind, the command, the machine, the versions and the model.
+
+    Args:
+        kind: "bench", "tune" or "eval".
+        llm: what is measured.
+    """
+    shape = llm.decoder.shape
+    return {
+        "kind": kind,
+        "command": environment.command_line(),
+        "commit": environment.revision(),
+        "versions": environment.versions(),
+        "machine": environment.machine(),
+        "model": {
+            "name": llm.name,
+            "parameters": sum(shape.parameters().values()),
+            "layers": shape.layers,
+            "width": shape.width,
+            "vocabulary": shape.vocab,
+            "context": shape.context,
+            "dtype": str(llm.decoder.dtype).removeprefix("torch."),
+            "device": str(llm.decoder.device),
+        },
+    }
+
+
+def write(path: Path, record: Mapping[str, Any]) -> None:
+    """Writes a record whole or not at all, making its folder.
+
+    Raises:
+        StorageError: the place cannot be written.
+    """
+    unfinished = path.with_name(path.name + ".unfinished")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Reads a record.
+
+    Raises:
+        RequestError: there is none, or it is not one.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RequestError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise RequestError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict) or "kind" not in content:
+        raise RequestError(f"{path} is not a record of layerskip; give one that bench, tune or eval wrote")
+    return content
