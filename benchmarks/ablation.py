@@ -5,7 +5,7 @@
 Trains `topv2-ablation` with and without layer dropout, early-exit loss, self-distillation and an anchor, evaluates
 every model on rows held out of the train split, and writes `results.json` into the output folder; `--report FOLDER`
 also writes the table and the figure. A run that was stopped goes on where it was; what is finished is not done
-again. The speed of training is measured at the end, in turns, as tokens per second of processor time.
+again. The speed of training is measured at the end, the arms in turns, in processor time.
 """
 
 from __future__ import annotations
@@ -15,17 +15,20 @@ import json
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from layerskip.environment import machine, versions
 from layerskip.evaluate.acceptance import best, measure
 from layerskip.evaluate.quality import ALL, evaluate
 from layerskip.evaluate.tasks import Item, Task, score_frame
 from layerskip.llm import LLM, load
-from layerskip.train.provenance import machine, versions
 from layerskip.train.rates import rates
 from layerskip.train.recipe import read_recipe
 from layerskip.train.run import Run
+from layerskip.train.trainer import LayerSkipTrainer
 
 ARMS: dict[str, dict[str, Any]] = {
     "nothing": {"dropout": 0.0, "curriculum": "last"},
@@ -114,6 +117,7 @@ def speculation(llm: LLM, items: Sequence[Item]) -> dict[str, Any]:
     return chosen.record()
 
 
+MOST = "nine rows of ten left out"
 SPEED = {
     "nothing": {"dropout": 0.0, "curriculum": "last"},
     "dropout 0.2": {"dropout": 0.2, "curriculum": "last"},
@@ -121,42 +125,70 @@ SPEED = {
     "exit loss": {"dropout": 0.0},
     "both, dropout 0.2": {"dropout": 0.2},
     "both + self-distillation": {"dropout": 0.2, "distillation": 0.5},
+    MOST: {"dropout": 0.9, "dropout_depth": "uniform", "curriculum": "last"},
 }
 """Arms whose speed is measured, on the shipped model's shape; rates at their full height."""
 
 
-def speed(asked: argparse.Namespace, rounds: int = 6, steps: int = 8) -> dict[str, Any]:
-    """Steps per second of processor time, on the same batches: arms in turns, the median over rounds after a warm-up.
+def speed(asked: argparse.Namespace, batches: int = 24) -> dict[str, Any]:
+    """Seconds of processor time of a step, and its ratio to a step of "nothing" on the same batch.
 
-    Processor time of one thread, because another job on the machine would be in the time of a clock.
+    The arms take turns at every batch, so that whatever slows the machine slows all of them. Each step is run twice and
+    the second one counts: the first to meet a shape pays for preparing its kernels. Processor time of one thread,
+    because another job on the machine would be in the time of a clock.
     """
     shape = read_recipe("topv2-parser").architecture
-    found: dict[str, list[float]] = {name: [] for name in SPEED}
+    trainers = {name: _trainer(name, shape, asked, batches) for name in SPEED}
+    seconds: dict[str, list[float]] = {name: [] for name in SPEED}
     names = list(SPEED)
-    for number in range(rounds + 1):
-        # another one first each time: the first to meet a shape pays for preparing its kernels
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            keys = SPEED[name]
-            once = {"dropout_time": "constant", "dropout_depth": "exponential"} if keys["dropout"] else {}
-            folder = asked.output / "speed" / f"{name.replace(' ', '-')}-{number}"
-            whole = {**keys, **once, "architecture": shape, "data_folder": asked.data_folder, "output_dir": str(folder),
-                     "seed": number, "max_steps": steps, "warmup_steps": 0, "eval_rows": 1}  # fmt: skip
-            run = Run(read_recipe("topv2-ablation", overrides=whole))
-            begin = time.process_time()
-            run.trainer.train()
-            if number:
-                found[name].append(steps / (time.process_time() - begin))
-    skipped = {name: _mean_rate(keys["dropout"], shape) for name, keys in SPEED.items()}
+    with ExitStack() as installed:
+        for trainer in trainers.values():
+            installed.enter_context(trainer.exits)
+            installed.enter_context(trainer.dropout)
+            trainer.create_optimizer()
+            trainer.model.train()
+        for number, batch in enumerate(islice(trainers["nothing"].get_train_dataloader(), batches)):
+            turn = number % len(names)
+            for name in names[turn:] + names[:turn]:
+                _step(trainers[name], batch, number)
+                seconds[name].append(_step(trainers[name], batch, number))
+    plain = seconds["nothing"]
     return {
-        name: {"steps_per_cpu_second": statistics.median(values), "all": values, "skipped": skipped[name]}
-        for name, values in found.items()
+        name: {
+            "seconds": statistics.median(found),
+            "of_nothing": statistics.median([a / b for a, b in zip(found, plain, strict=True)]),
+            "all": found,
+            "skipped": _mean_rate(SPEED[name], shape),
+        }
+        for name, found in seconds.items()
     }
 
 
-def _mean_rate(dropout: float, shape: dict[str, Any] | None) -> float:
+def _trainer(name: str, shape: dict[str, Any] | None, asked: argparse.Namespace, steps: int) -> LayerSkipTrainer:
+    keys = {"dropout_time": "constant", "dropout_depth": "exponential"} if SPEED[name]["dropout"] else {}
+    keys |= SPEED[name]
+    folder = asked.output / "speed" / name.replace(" ", "-")
+    whole = {**keys, "architecture": shape, "data_folder": asked.data_folder, "output_dir": str(folder),
+             "seed": 1, "max_steps": steps, "eval_rows": 1}  # fmt: skip
+    trainer = Run(read_recipe("topv2-ablation", overrides=whole)).trainer
+    trainer.state.max_steps, trainer.current_gradient_accumulation_steps = steps, 1
+    return trainer
+
+
+def _step(trainer: LayerSkipTrainer, batch: dict[str, Any], number: int) -> float:
+    """Seconds of processor time of a whole step: forward, backward, optimizer."""
+    trainer.state.global_step = number
+    begin = time.process_time()
+    trainer.training_step(trainer.model, dict(batch))
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
+    return time.process_time() - begin
+
+
+def _mean_rate(keys: dict[str, Any], shape: dict[str, Any] | None) -> float:
     assert shape is not None
     layers = shape["num_hidden_layers"]
-    return sum(rates(layers, p_max=dropout)) / layers
+    return sum(rates(layers, p_max=keys["dropout"], depth=keys.get("dropout_depth", "exponential"))) / layers
 
 
 def means(values: Sequence[float]) -> tuple[float, float]:
@@ -226,22 +258,25 @@ def text(whole: dict[str, Any]) -> str:
 
 
 def _speed_lines(speeds: dict[str, Any]) -> list[str]:
+    layers = (1 - speeds[MOST]["of_nothing"]) / speeds[MOST]["skipped"]
     lines = [
         "",
         "## Speed of training",
         "",
-        "Steps per second of processor time, 12 layers of width 192 (the shipped model's shape), 64 rows, one thread, "
-        "median of 6 rounds, each with another arm first; rates at their full height. Gain is over nothing; skipped is "
-        "the share of the "
-        "layers' rows that dropout leaves out.",
+        "Processor time of a step, 12 layers of width 192 (the shipped model's shape), 64 rows, one thread; rates at "
+        "their full height. The arms take turns at each of "
+        f"{len(speeds['nothing']['all'])} batches; medians, and the median of the ratios to "
+        '"nothing" on the same batch. Skipped is the share of the layers\' rows that dropout leaves out; '
+        f"the layers are {layers:.0%} of a step (by the last arm), so skipped times that is what could be saved.",
         "",
-        "| arm | steps per second | gain | skipped |",
-        "|---|---:|---:|---:|",
+        "| arm | ms a step | of nothing | saved | could be saved | saved of that | skipped |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    base = speeds["nothing"]["steps_per_cpu_second"]
     for arm, found in speeds.items():
-        gain = found["steps_per_cpu_second"] / base - 1
-        lines.append(f"| {arm} | {found['steps_per_cpu_second']:.3f} | {gain:+.1%} | {found['skipped']:.1%} |")
+        saved, could = 1 - found["of_nothing"], found["skipped"] * layers
+        share = f"{saved / could:.0%}" if arm.startswith("dropout") else ""
+        cells = [f"{1000 * found['seconds']:.0f}", f"{found['of_nothing']:.3f}", f"{saved:.1%}", f"{could:.1%}", share]
+        lines.append(f"| {arm} | {' | '.join(cells)} | {found['skipped']:.1%} |")
     return lines
 
 

@@ -1,12 +1,12 @@
 """Recipes: one experiment as a flat YAML file, with every key checked before anything is loaded.
 
 A recipe's keys are those of `Recipe` (model, tokenizer, data) and of `LayerSkipConfig` (training, transformers'
-`TrainingArguments` among them). Knows what keys mean and which go together; reads no data and builds no model.
+`TrainingArguments` among them). Knows what keys mean; reads no data and builds no model. Which keys go together is in
+`rules`.
 """
 
 from __future__ import annotations
 
-import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -22,10 +22,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from layerskip.errors import RequestError, suggest
 from layerskip.train.data.encoding import Limits
 from layerskip.train.data.sources import Source
+from layerskip.train.rules import check, idle, number
 from layerskip.train.trainer import LayerSkipConfig
-
-TRAINED = ("topv2", "bpe")
-"""Tokenizers that are trained on the data."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,18 +133,18 @@ def read_recipe(name_or_path: str, *, overrides: Mapping[str, Any] | None = None
     if isinstance(given.get("data"), str) and isinstance(written.get("data"), dict):
         given["data"] = {**written["data"], "files": given["data"]}
     keys = {"name": path.stem, **written, **given}
-    for name, reason in _without_effect(keys).items():
+    for name, reason in idle(keys).items():
         if name in given or not _idle_without(name, written, given):
             raise RequestError(f"{name} has no effect here: {reason}; leave it out")
         del keys[name]  # the file's own, made idle by an override
     recipe = _built(keys)
-    _check_needed(recipe)
+    check(recipe)
     return recipe
 
 
 def _idle_without(name: str, written: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
     """Whether a key of the file has no effect only because of what overrides say."""
-    return bool(given) and name not in _without_effect(written)
+    return bool(given) and name not in idle(written)
 
 
 # -- reading
@@ -218,16 +216,11 @@ def _built(keys: Mapping[str, Any]) -> Recipe:
     return Recipe(**{name: value for name, value in values.items() if name in own}, training=training)
 
 
-_FLOAT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")  # YAML 1.1 takes 1e-4 for a text
-
-
 def _value(name: str, value: Any) -> Any:
     if name in ("data", "eval_data"):
         return _sources(name, value)
     hint = _hints()[name]
-    if isinstance(value, str) and _FLOAT.fullmatch(value) and not _is_text(hint):
-        value = float(value)
-    return _checked(name, value, hint)
+    return _checked(name, value if _is_text(hint) else number(value), hint)
 
 
 def _checked(name: str, value: Any, hint: Any) -> Any:
@@ -278,93 +271,3 @@ def _source_record(source: Source) -> dict[str, Any]:
     default = {f.name: f.default_factory() if f.default_factory is not MISSING else f.default for f in fields(Source)}
     values = {f.name: getattr(source, f.name) for f in fields(Source)}
     return {name: value for name, value in values.items() if value != default[name]}
-
-
-# -- what goes together
-
-
-def _without_effect(keys: Mapping[str, Any]) -> dict[str, str]:
-    """Keys that say nothing beside the others, each with the reason."""
-
-    def has(name: str) -> Any:
-        value = keys.get(name)
-        return float(value) if isinstance(value, str) and _FLOAT.fullmatch(value) else value
-
-    curriculum = keys.get("curriculum", "rotational")
-    idle = {
-        "rotation": (curriculum != "rotational", f"the curriculum is {curriculum}, not rotational"),
-        "exit_scale": (curriculum == "last", "the curriculum is last, so only the last layer learns"),
-        "distillation": (curriculum == "last", "the curriculum is last, so only the last layer learns"),
-        "dropout_depth": (not has("dropout"), "dropout is 0"),
-        "dropout_time": (not has("dropout"), "dropout is 0"),
-        "reference": (not has("anchor"), "anchor is 0"),
-        "vocab_size": (has("tokenizer") not in TRAINED, f"tokenizer is neither {' nor '.join(TRAINED)}"),
-        "revision": (not has("init_from"), "there is no init_from"),
-        "eval_share": (bool(has("eval_data")), "there is eval_data"),
-        "eval_rows": (not has("eval_data") and not has("eval_share"), "there is neither eval_data nor eval_share"),
-        "resume_from_checkpoint": (True, "the same command resumes from the newest checkpoint by itself"),
-        "acceptance_tokens": (not has("acceptance_prompts"), "acceptance_prompts is 0"),
-    }
-    return {name: reason for name, (condition, reason) in idle.items() if name in keys and condition}
-
-
-def _check_needed(recipe: Recipe) -> None:
-    if (recipe.init_from is None) == (recipe.architecture is None):
-        both = "both" if recipe.init_from else "neither"
-        raise RequestError(f"a recipe has either init_from or architecture, not {both}; give one")
-    if recipe.architecture is not None:
-        if "model_type" not in recipe.architecture:
-            raise RequestError("architecture has no model_type; give one, such as llama, mistral, qwen3 or gpt2")
-        if recipe.tokenizer is None:
-            raise RequestError("a model from scratch needs a tokenizer; give topv2, bpe, a folder or a hub id")
-        if recipe.tokenizer in TRAINED and recipe.vocab_size is None:
-            raise RequestError(f"tokenizer {recipe.tokenizer} is trained on the data; give its vocab_size")
-    elif recipe.tokenizer in TRAINED:
-        raise RequestError(
-            f"tokenizer {recipe.tokenizer} would be trained anew, but {recipe.init_from} knows its own; leave it out"
-        )
-    if not recipe.data:
-        raise RequestError(f"recipe {recipe.name} names no data; give --data FILES or a hub data set")
-    if recipe.batching != "padded" and recipe.max_length is None:
-        raise RequestError(f"batching {recipe.batching} needs max_length, the tokens of a row; give it")
-    if not 0 <= recipe.eval_share < 1:
-        raise RequestError(f"eval_share {recipe.eval_share} is not possible; use a number from 0 and below 1")
-    if recipe.acceptance_prompts and not (recipe.eval_data or recipe.eval_share):
-        raise RequestError("acceptance_prompts are taken from what is evaluated on; give eval_data or eval_share")
-    _check_ranges(recipe)
-    if recipe.training.get("anchor") and not recipe.training.get("reference"):
-        raise RequestError("anchor needs reference, the checkpoint that the last layer stays close to; give it")
-    _check_streaming(recipe)
-
-
-_LEAST = {
-    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
-    "learning_rate": 0, "weight_decay": 0, "adam_epsilon": 0, "loss_chunk": 0, "seed": 0, "data_seed": 0,
-    "max_grad_norm": 0, "eval_rows": 0, "recombine": 0, "acceptance_prompts": 0, "acceptance_tokens": 1,
-}  # fmt: skip
-"""Numbers that transformers and torch would refuse late, or in no words of ours."""
-
-
-def _check_ranges(recipe: Recipe) -> None:
-    values = {f.name: getattr(recipe, f.name) for f in fields(recipe)} | dict(recipe.training)
-    for name, least in _LEAST.items():
-        value = values.get(name)
-        if value is not None and not (value >= least):
-            raise RequestError(f"{name} {value} is not possible; use {least} or more")
-    for name in ("adam_beta1", "adam_beta2"):
-        if not 0 <= values.get(name, 0) < 1:
-            raise RequestError(f"{name} {values[name]} is not possible; use a number from 0 and below 1")
-    if not values.get("num_train_epochs", 1) > 0 and values.get("max_steps", -1) < 1:
-        raise RequestError(f"num_train_epochs {values['num_train_epochs']} trains nothing; use a number above 0")
-
-
-def _check_streaming(recipe: Recipe) -> None:
-    streamed = [source for source in recipe.data if source.streaming]
-    if not streamed:
-        return
-    if len(recipe.data) > 1 or recipe.batching != "stream":
-        raise RequestError("a streamed data set is read alone, with batching: stream; change that")
-    if int(recipe.training.get("max_steps") or -1) < 1:
-        raise RequestError("a streamed data set has no known end; give max_steps")
-    if recipe.tokenizer in TRAINED or recipe.eval_share:
-        raise RequestError("a streamed data set gives neither a tokenizer nor an eval_share; name them otherwise")
