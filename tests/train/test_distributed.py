@@ -107,7 +107,7 @@ def test_two_processes_learn_what_one_does_with_twice_the_batch(write: Callable[
     after, metrics = alone
     assert_close(weights(path), after)
     record = json.loads((path.parent / "out" / "provenance.json").read_text())
-    assert (record["finished"], record["run"]["processes"]) == (True, 2)
+    assert (record["finished"], record["processes"]) == (True, 2)
     # evaluated by token over both processes' shares
     for name in ("eval_loss", "eval_exit_loss/1", "eval_exit_accuracy/2", "eval_exit_agreement/3"):
         assert record["metrics"][name] == pytest.approx(metrics[name], rel=1e-6), name

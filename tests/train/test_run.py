@@ -183,7 +183,7 @@ def test_a_finished_folder_is_an_ordinary_checkpoint(finished: Path) -> None:
 
 def test_provenance_says_what_was_run_on_what(finished: Path, data: Path) -> None:
     record = json.loads((finished / "provenance.json").read_text())
-    assert (record["finished"], record["run"]["steps"], record["run"]["processes"]) == (True, 12, 1)
+    assert (record["finished"], record["run"]["steps"], record["processes"]) == (True, 12, 1)
     assert record["recipe"]["rotation"] == 3
     assert record["recipe"] == read_recipe(str(finished.parent / "tiny.yaml")).record()
     assert record["data"] == {"alarm.tsv": sha256(data / "alarm.tsv")}
@@ -647,3 +647,14 @@ def test_the_estimate_counts_what_is_still_to_do(cut: Path) -> None:
 )  # fmt: skip
 def test_durations_for_people(seconds: float, words: str) -> None:
     assert duration(seconds) == words
+
+
+def test_another_number_of_processes_is_not_resumed(write: Write) -> None:
+    path = write(save_steps=2)
+    with pytest.raises(Killed):
+        trained(path, At(3, killed))
+    place = out(path) / "provenance.json"
+    record = json.loads(place.read_text())
+    place.write_text(json.dumps(record | {"processes": 2}))
+    with pytest.raises(RequestError, match="holds a run of 2 processes, now there is 1; use torchrun --nproc-per-n"):
+        built(path)

@@ -115,7 +115,8 @@ def _training(provenance: Mapping[str, Any]) -> str:
             "## Training",
             "",
             f"{run['steps']:,} steps, {run['passes']:.2f} passes over the data, {run['hours']:.2f} hours on "
-            f"{run['processes']} process(es); {provenance['parameters']:,} parameters. Recipe: {settings or 'plain'}.",
+            f"{provenance['processes']} process(es); {provenance['parameters']:,} parameters. "
+            f"Recipe: {settings or 'plain'}.",
             "",
             f"torch {versions['torch']}, transformers {versions['transformers']}, layerskip {versions['layerskip']}. "
             "`provenance.json` has the whole recipe, the hashes of the data, all versions and the commit.",

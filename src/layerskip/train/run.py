@@ -95,7 +95,7 @@ class Run:
         self.resume_from = _resumable(recipe, self.folder)
         self.examples = experiment.examples(recipe)
         if self.resume_from:
-            _check_same_data(self.folder, self.examples.digests)
+            _check_same_run(self.folder, self.examples.digests, processes=self.args.world_size)
         self._report_data()
         self.tokenizer = experiment.tokenizer(recipe, self.examples.learnt)
         model = experiment.model(recipe, self.tokenizer)
@@ -175,6 +175,7 @@ class Run:
             "command": environment.command(),
             "versions": environment.versions(),
             "machine": environment.machine(),
+            "processes": self.args.world_size,
             "commit": environment.revision(),
             "data": self.examples.sha256,
             "digests": self.examples.digests,
@@ -205,7 +206,6 @@ class Run:
                 "steps": self.trainer.state.global_step,
                 "passes": self.trainer.state.epoch,
                 "hours": hours,
-                "processes": self.args.world_size,
             },
             "metrics": metrics,
             "acceptance": measured,
@@ -303,14 +303,24 @@ def _resumable(recipe: Recipe, folder: Path) -> Path | None:
     return saved[-1] if saved else None
 
 
-def _check_same_data(folder: Path, digests: Mapping[str, str]) -> None:
-    before = provenance.load(folder)
-    for name, digest in (before or {}).get("digests", {}).items():
+def _check_same_run(folder: Path, digests: Mapping[str, str], *, processes: int) -> None:
+    before = provenance.load(folder) or {}
+    begun = before.get("processes", processes)
+    if begun != processes:  # they share out the rows: more or fewer would learn others from here on
+        raise RequestError(
+            f"{folder} holds a run of {_processes(begun)}, now there {'is' if processes == 1 else 'are'} {processes}; "
+            f"use torchrun --nproc-per-node {begun}, or choose another --output_dir"
+        )
+    for name, digest in before.get("digests", {}).items():
         if digests.get(name) != digest:
             raise RequestError(
                 f"{folder} holds a run on other {name}: its digest was {digest[:12]}, now it is "
                 f"{digests.get(name, 'none')[:12]}; put the files back, or choose another --output_dir"
             )
+
+
+def _processes(count: int) -> str:
+    return f"{count} process" if count == 1 else f"{count} processes"
 
 
 def _check_rows(rows: Any, recipe: Recipe, *, positions: int | None) -> None:
