@@ -65,7 +65,7 @@ def about(kind: str, llm: LLM) -> dict[str, Any]:
         "machine": environment.machine(),
         "model": {
             "name": llm.name,
-            "parameters": sum(shape.parameters().values()),
+            "parameters": shape.parameters()["total"],
             "layers": shape.layers,
             "width": shape.width,
             "vocabulary": shape.vocab,
