@@ -9,10 +9,12 @@ import pytest
 import layerskip
 from layerskip.cli import app
 
-COMMANDS = ("generate", "chat", "verify", "inspect", "train", "eval")
+COMMANDS = ("generate", "chat", "verify", "inspect", "train", "eval", "bench")
 
 
-@pytest.mark.parametrize("words", ["--help", "generate --help", "verify --help", "train --help", "--version"])
+@pytest.mark.parametrize(
+    "words", ["--help", "generate --help", "verify --help", "train --help", "bench --help", "--version"]
+)
 def test_help_imports_nothing_heavy(words: str) -> None:
     code = (
         "import atexit, sys; from layerskip.cli import main\n"

@@ -45,7 +45,7 @@ def test_prompts_of_files(run: Any, tiny_checkpoint: Path, tmp_path: Path) -> No
     [
         ("empty.txt", "\n\n", "holds no prompts; give one in each line"),
         ("bad.jsonl", '{"prompt": "a"}\nnot json', "bad.jsonl, line 2 is not JSON"),
-        ("none.jsonl", '{"question": "a"}', "none.jsonl, line 1 has no prompt; it must be an object with a text under"),
+        ("none.jsonl", '{"answer": "a"}', "none.jsonl, line 1 has no prompt; it must be an object with a text under"),
         ("list.jsonl", "[1]", "list.jsonl, line 1 has no prompt"),
         ("none.jsonl", '{"prompt": 3}', "none.jsonl, line 1 has no prompt"),
         ("long.txt", "q" * 300, "the prompt has 300 tokens"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +56,7 @@ class Comparison:
 
 def compare_with_plain(task: Task, drafted: Run, drafter: Drafter | None) -> Comparison:
     """Decodes the task plainly and sets both side by side."""
+    from layerskip.evaluate.contest import first_difference
     from layerskip.evaluate.follow import follow
 
     plain = follow(task.start(None))
@@ -68,16 +68,3 @@ def compare_with_plain(task: Task, drafted: Run, drafter: Drafter | None) -> Com
         task.sampling.temperature == 0 or drafter is None or drafter.name == "lookup",
         [first_difference(a.tokens, b.tokens) for a, b in pairs],
     )
-
-
-def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
-    """The first place in which two sequences differ, their ends included; None where they are equal.
-
-    Example:
-        >>> first_difference([1, 2, 3], [1, 5, 3]), first_difference([1], [1, 2]), first_difference([1], [1])
-        (1, 1, None)
-    """
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return None if len(a) == len(b) else min(len(a), len(b))

@@ -11,6 +11,9 @@ from typer import Argument, Option
 
 from layerskip.errors import RequestError
 
+FIELDS = ("prompt", "text", "utterance", "question")
+"""Where a line of a .jsonl may have its prompt."""
+
 File = Annotated[Path | None, Option("--file", metavar="FILE", help="Read it from a file (UTF-8).", show_default=False)]
 
 
@@ -44,7 +47,7 @@ def read_file(file: Path) -> str:
 
 
 def read_prompts(file: Path) -> list[str]:
-    """Prompts of a file: in a .jsonl the "prompt" or "text" of each line, else each line that is not blank.
+    """Prompts of a file: in a .jsonl the first of `FIELDS` in each line, else each line that is not blank.
 
     Raises:
         RequestError: it cannot be read, a line of a .jsonl has no prompt, or there are none.
@@ -62,9 +65,10 @@ def _field(line: str, where: str) -> str:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise RequestError(f"{where} is not JSON: {error}") from error
-    found = [record[key] for key in ("prompt", "text") if key in record] if isinstance(record, dict) else []
+    found = [record[key] for key in FIELDS if key in record] if isinstance(record, dict) else []
     if not found or not isinstance(found[0], str):
-        raise RequestError(f'{where} has no prompt; it must be an object with a text under "prompt" or "text"')
+        names = " or ".join(f'"{name}"' for name in FIELDS)
+        raise RequestError(f"{where} has no prompt; it must be an object with a text under {names}")
     return found[0]
 
 

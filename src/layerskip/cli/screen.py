@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from typing import Any
+from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.color import ColorSystem
@@ -80,7 +80,9 @@ class Screen:
         table = Table(box=SIMPLE_HEAD, show_header=bool(columns), title=title or None, title_justify="left")
         for i in range(len(rows[0])):
             heading = columns[i] if columns else ""
-            table.add_column(heading, justify="right" if columns and i else "left", overflow="fold")
+            justify: Literal["left", "right"] = "right" if columns and i else "left"
+            # in a narrow place headings and numbers give way before names do
+            table.add_column(heading, justify=justify, overflow="fold", no_wrap=bool(columns) and not i)
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
         self.out.print(table)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from layerskip.cli.compare import first_difference
 from layerskip.cli.flags import DraftFlags, ModelFlags, ShowFlags, draft_record, label
 from layerskip.cli.generate import dtype_name
 from layerskip.cli.prompts import read_prompts
@@ -212,6 +211,8 @@ def check(llm: LLM, prompt: str, ids: list[int], *, drafter: Drafter | None, max
 
 def diverge(llm: LLM, ids: Sequence[int], plain: Sequence[int], drafted: Sequence[int]) -> Divergence | None:
     """Where two continuations of `ids` part, and how far apart the plain model's logits are there."""
+    from layerskip.evaluate.contest import first_difference
+
     at = first_difference(plain, drafted)
     if at is None:
         return None

@@ -1,0 +1,76 @@
+"""How many bytes of weights a round of decoding reads.
+
+Counts what a pass over the layers has to fetch from memory, once for all rows and positions of the pass: the layers of
+its span, and where it predicts the final norm and the head, tied or not. Keys and values, and the few rows of the
+embedding that are looked up, are left out.
+
+Knows parameters and how drafters pass over them. Knows no clocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from layerskip.decode.draft import Drafter
+from layerskip.decode.drafters import EarlyExit, Lookup
+from layerskip.evaluate.ticks import Tick
+from layerskip.model.decoder import Decoder
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes.
+
+    Args:
+        layers: of each layer.
+        head: of the final norm and the head.
+    """
+
+    layers: tuple[int, ...]
+    head: int
+
+    @classmethod
+    def of(cls, decoder: Decoder) -> Weights:
+        """Counts them as they are held."""
+        return cls(
+            tuple(sum(parameter.nbytes for parameter in layer.parameters()) for layer in decoder.layers),
+            decoder.head.weight.nbytes + sum(parameter.nbytes for parameter in decoder.norm.parameters()),
+        )
+
+    def round(self, drafter: Drafter | None, *, drafted: int) -> int | None:
+        """Bytes that a round reads.
+
+        A verification, like a step of plain decoding, passes over all layers and the head once: after an early exit
+        the draft's last pass is the lower part of it. Every drafted token costs a pass over the first E layers and the
+        head; a copied one costs none.
+
+        Args:
+            drafter: what drafts; None decodes plainly.
+            drafted: tokens drafted in the row that drafted most.
+
+        Returns:
+            None for a drafter whose passes are not known here: a second model, or one of somebody else.
+
+        Example:
+            Four layers of 10 bytes, a head of 7, two tokens drafted with one layer: 47 + 2 x 17.
+
+            >>> Weights((10, 10, 10, 10), 7).round(EarlyExit(1), drafted=2)
+            81
+        """
+        whole = sum(self.layers) + self.head
+        if drafter is None or type(drafter) is Lookup:
+            return whole
+        if type(drafter) is EarlyExit:
+            return whole + drafted * (sum(self.layers[: drafter.exit]) + self.head)
+        return None
+
+    def run(self, drafter: Drafter | None, ticks: Sequence[Tick]) -> int | None:
+        """Bytes that all rounds of a run read, prompts left out; None where a round's are not known."""
+        total = 0
+        for tick in ticks:
+            count = None if tick.drafted is None else self.round(drafter, drafted=tick.drafted)
+            if count is None:
+                return None
+            total += count
+        return total
