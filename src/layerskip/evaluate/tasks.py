@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Protocol
 
 from layerskip.errors import RequestError, check_whole, suggest
-from layerskip.evaluate.frames import exact_match, parse_tree, template, well_formed
+from layerskip.frames import exact_match, table_rows, template, well_formed
 
 Scorer = Callable[[str, str], Mapping[str, float]]
 """(text, answer) -> metrics by name, the same names for every text; a share is 0 or 1."""
 
 UNSEEN = "unseen"
-_HEADER = ["domain", "utterance", "semantic_parse"]
 
 
 @dataclass(frozen=True)
@@ -152,36 +151,16 @@ def find_files(files: str | Path, *, inside: str) -> list[Path]:
 
 
 def _pairs(files: Iterable[Path]) -> Iterator[tuple[str, str]]:
-    """Utterances and frames, the frames with single spaces."""
+    """Utterances and frames."""
     for path in files:
         try:
-            header, *lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+            raw = path.read_bytes()
         except OSError as error:
             raise RequestError(f"cannot read {path}: {error.strerror}") from error
-        if header.rstrip(b"\r").decode(errors="replace").split("\t") != _HEADER:
-            raise RequestError(
-                f"{path}:1 is not the header of a TOPv2 table; its columns have to be {', '.join(_HEADER)}"
-            )
-        for number, line in enumerate(lines, start=2):
-            if line or number < len(lines) + 1:  # the last newline ends its line
-                try:
-                    yield _pair(line)
-                except RequestError as error:
-                    raise RequestError(f"{path}:{number} is malformed: {error}") from error
-
-
-def _pair(line: bytes) -> tuple[str, str]:
-    try:
-        columns = line.decode().split("\t")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"byte 0x{line[error.start]:02x} is not UTF-8; convert it, with iconv, say") from error
-    if len(columns) != len(_HEADER):
-        raise RequestError(f"{len(columns)} columns instead of {len(_HEADER)}; part {', '.join(_HEADER)} by tabs")
-    _, utterance, frame = columns
-    if not utterance.strip():
-        raise RequestError("the utterance is empty; leave the line out")
-    parse_tree(frame)
-    return utterance, " ".join(frame.split())
+        for number, found in table_rows(raw, name=str(path)):
+            if isinstance(found, RequestError):
+                raise RequestError(f"{path}:{number} is malformed: {found}") from found
+            yield found
 
 
 _MAKERS: dict[str, Maker] = {"topv2": topv2}
