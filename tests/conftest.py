@@ -2,6 +2,7 @@
 
 import copy
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,20 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
             layer.mlp.down_proj.weight *= 0.15
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def bubblewrap() -> None:
+    """Skips where bubblewrap is missing or may not make namespaces; elsewhere the sandbox has to work."""
+    command = ["bwrap", "--unshare-all", "--unshare-user", "--disable-userns", "--ro-bind", "/", "/", "true"]
+    if os.geteuid() == 0:
+        command = ["unshare", "--mount", "setpriv", "--reuid", "60706", "--regid", "60706", "--clear-groups", *command]
+    try:
+        done = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
+    except OSError as error:
+        pytest.skip(f"needs bubblewrap: {error}")
+    if done.returncode:
+        pytest.skip(f"needs namespaces: {done.stderr.strip()}")
 
 
 # Small enough to run in a moment, odd enough to notice a wrong axis. What a text of 40 tokens must pass: the context

@@ -58,7 +58,7 @@ def test_every_opening_is_one_token_and_the_utterance_is_all_a_user_types(llm: l
 
 
 def test_it_parses_and_drafts_for_itself_exactly(llm: layerskip.LLM) -> None:
-    from layerskip.evaluate.frames import well_formed
+    from layerskip.frames import well_formed
 
     plain = llm.generate(UTTERANCES, max_tokens=96)
     drafted = llm.generate(UTTERANCES, max_tokens=96, draft="early-exit")

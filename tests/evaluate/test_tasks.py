@@ -6,6 +6,7 @@ import pytest
 
 from layerskip.errors import RequestError
 from layerskip.evaluate import Item, Task, find_task, topv2
+from layerskip.evaluate.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADER = "domain\tutterance\tsemantic_parse\n"
@@ -110,8 +111,9 @@ def test_a_limit_spreads_over_all_items() -> None:
 
 def test_tasks_are_found_by_name() -> None:
     assert find_task("topv2") is topv2
-    with pytest.raises(RequestError, match=r"^unknown task 'topv'; use topv2; did you mean 'topv2'\?$"):
-        find_task("topv")
+    assert all(find_task(name) is maker for name, maker in TASKS.items())
+    with pytest.raises(RequestError, match=r"^unknown task 'human_eval'; use topv2, .*; did you mean 'humaneval'\?$"):
+        find_task("human_eval")
 
 
 def test_topv2_as_published() -> None:

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from layerskip.errors import RequestError
-from layerskip.evaluate.frames import parse_tree, template
+from layerskip.frames import parse_tree, template
 from layerskip.train.data import Document, Pair, recombine, recombined
 
 PAIRS = [

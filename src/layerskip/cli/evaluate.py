@@ -2,54 +2,97 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from layerskip.cli.flags import DraftFlags, ModelFlags, ShowFlags, draft_record
-from layerskip.cli.generate import dtype_name
+from layerskip.cli.scores import show_quality
 from layerskip.cli.screen import Screen, write_json
 from layerskip.errors import RequestError
 
 if TYPE_CHECKING:
-    from layerskip.evaluate import Quality, Result, Score, Task
+    from layerskip.decode.draft import Drafter
+    from layerskip.evaluate import Quality, Task
+    from layerskip.llm import LLM
 
 
 @dataclass(frozen=True)
 class TaskFlags:
     """What is to be done, and how much of it."""
 
-    task: Annotated[str | None, typer.Option(metavar="NAME", help="topv2; required.", show_default=False)] = None
+    task: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="topv2, cnn_dm, xsum, humaneval, mbpp, gsm8k, spec_bench (speed only), lm; required.",
+            show_default=False,
+        ),
+    ] = None
     data: Annotated[
         str | None,
         typer.Option(
-            metavar="PATH", help="A file, a folder (its *_eval.tsv) or a pattern; required.", show_default=False
+            metavar="PATH",
+            help="A file, a folder or a pattern; hub for the task's data set there, hub:NAME[:SUBSET][:SPLIT] for "
+            "another; required.",
+            show_default=False,
         ),
     ] = None
     seen: Annotated[
         str | None,
         typer.Option(
             metavar="PATH",
-            help="What was trained on, a folder being its *_train.tsv: items not in it are also scored apart.",
+            help="What was trained on, a folder being its *_train.tsv (topv2): items not in it are also scored apart.",
             show_default=False,
         ),
     ] = None
     limit: Annotated[
         int | None, typer.Option(metavar="N", help="So many items, spread over all.", show_default=False)
     ] = None
+    shots: Annotated[int, typer.Option(metavar="N", help="Solved examples before each question.")] = 0
+    shots_data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="Where they are drawn from, as --data; without it, from items that --limit leaves out.",
+            show_default=False,
+        ),
+    ] = None
+    seed: Annotated[int, typer.Option(metavar="S", help="Draws them.")] = 0
+    skip_long: Annotated[
+        bool, typer.Option("--skip-long", help="Leave out items whose prompts do not fit the model's context.")
+    ] = False
+    max_tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens of a text at most; the task's own.", show_default=False)
+    ] = None
 
     def load(self) -> Task:
-        """Reads the task. Raises RequestError where one was not named, or its files are missing or malformed."""
+        """Reads the task.
+
+        Raises:
+            RequestError: a task or its data were not named, are missing or malformed, or too few for the shots.
+        """
         from layerskip.evaluate import find_task
 
         if self.task is None:
             raise RequestError("no task: give --task a name, such as topv2")
         make = find_task(self.task)
         if self.data is None:
-            raise RequestError("no data: give --data a file, a folder or a pattern")
-        task = make(self.data, seen=self.seen)
-        return task if self.limit is None else task.limited(self.limit)
+            raise RequestError("no data: give --data a file, a folder, a pattern or hub")
+        if self.shots_data is not None and not self.shots:
+            raise RequestError(f"--shots-data {self.shots_data} needs --shots; say how many")
+        whole = make(self.data, seen=self.seen)
+        asked = whole if self.limit is None else whole.limited(self.limit)
+        if self.shots:
+            examples = whole.items if self.shots_data is None else make(self.shots_data).items
+            asked = asked.with_shots(self.shots, examples=examples, seed=self.seed)
+        if self.max_tokens is not None:
+            if self.max_tokens < 1:
+                raise RequestError(f"--max-tokens {self.max_tokens} is not possible; use 1 or more")
+            asked = replace(asked, max_tokens=self.max_tokens)
+        return asked
 
 
 def evaluate(
@@ -66,10 +109,22 @@ def evaluate(
     batch: Annotated[
         int | None, typer.Option(metavar="N", help="Rows that decode side by side; 16.", show_default=False)
     ] = None,
+    allow_code_execution: Annotated[
+        bool,
+        typer.Option("--allow-code-execution", help="Let programs that the model writes be run, in a sandbox."),
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Write the record there, as eval-TASK.json; what was finished is kept when interrupted.",
+            show_default=False,
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object and nothing else.")] = False,
     show: ShowFlags,
 ) -> None:
-    """Score a checkpoint's greedy texts on a task.
+    """Score a checkpoint's greedy texts on a task, or with lm what every exit predicts.
 
     Plain decoding always runs, then each --exit, or the drafter: its texts are compared with the plain ones.
     """
@@ -78,24 +133,106 @@ def evaluate(
             "--exit and --draft answer different questions: what lossy exits cost in quality, and whether an exact "
             "drafter changes nothing; use one of them"
         )
-    questions = task.load()
+    screen = Screen(no_color=show.no_color)
+    questions = _questions(task, allow=allow_code_execution)
     llm = model.load()
-    from layerskip.evaluate import evaluate
-
+    if task.skip_long:
+        questions = _fitting(llm, questions, screen)
     drafter = draft.drafter(llm)
     exits = None if exit is None else read_exits(exit, layers=llm.decoder.shape.layers)
-    found = evaluate(llm, questions, exits=exits, draft=drafter, batch=batch)
+    found = _evaluated(
+        llm,
+        questions,
+        exits=exits,
+        drafter=drafter,
+        batch=batch,
+        allow=allow_code_execution,
+        output=output,
+        screen=screen,
+    )
+    record = _record(llm, found, task, drafted=draft_record(draft, drafter), batch=batch)
+    if output is not None:
+        from layerskip.evaluate.record import write
+
+        write(output / f"eval-{questions.name}.json", record)
+        _unfinished(output, questions).unlink(missing_ok=True)
     if json:
-        about = {"model": llm.name, "dtype": dtype_name(llm), "device": str(llm.decoder.device)}
-        write_json({**about, "draft": draft_record(draft, drafter), **found.record()})
-        return
-    screen = Screen(no_color=show.no_color)
-    for group in found.results[0].scores:
-        screen.table(score_rows(found, group), columns=("", *found.results[0].scores[group]), title=title(found, group))
-    screen.table([speed_row(result) for result in found.results], columns=("", "mode", "tokens", "s", "tokens/s"))
-    for result in found.results:
-        if result.acceptance is not None:
-            screen.line(drafted_line(result))
+        write_json(record)
+    else:
+        show_quality(found, screen)
+
+
+def _questions(task: TaskFlags, *, allow: bool) -> Task:
+    """The task, if its texts can be scored at all: that shall be known before any model is loaded."""
+    questions = task.load()
+    from layerskip.evaluate.quality import check_scorer
+
+    check_scorer(questions, allow_code_execution=allow)
+    return questions
+
+
+def _fitting(llm: LLM, questions: Task, screen: Screen) -> Task:
+    from layerskip.evaluate.ways import fitting
+
+    kept = fitting(llm, questions)
+    left_out = len(questions.items) - len(kept.items)
+    if left_out:
+        screen.note(f"{left_out:,} of {len(questions.items):,} items do not fit the model's context and are left out")
+    return kept
+
+
+def _evaluated(
+    llm: LLM,
+    questions: Task,
+    *,
+    exits: list[int] | None,
+    drafter: Drafter | None,
+    batch: int | None,
+    allow: bool,
+    output: Path | None,
+    screen: Screen,
+) -> Quality:
+    from layerskip.evaluate import evaluate
+    from layerskip.evaluate.kept import Kept, identity
+
+    kept = None
+    if output is not None:
+        kept = Kept(_unfinished(output, questions), same=identity(llm, questions, batch=batch))
+        if kept.resumed:
+            screen.note("going on where an interrupted run of the same ended")
+        elif kept.anew:
+            screen.note("what an interrupted run left is of another model or task; starting anew")
+    try:
+        return evaluate(llm, questions, exits=exits, draft=drafter, batch=batch, allow_code_execution=allow, kept=kept)
+    except KeyboardInterrupt:
+        screen.note("interrupted" if kept is None else "interrupted; the same command goes on with what is unfinished")
+        raise
+    finally:
+        if kept is not None:
+            kept.close()
+
+
+def _unfinished(output: Path, task: Task) -> Path:
+    return output / f"unfinished-eval-{task.name}.json"
+
+
+def _record(
+    llm: LLM, found: Quality, task: TaskFlags, *, drafted: dict[str, Any] | None, batch: int | None
+) -> dict[str, Any]:
+    from layerskip.evaluate.record import about
+
+    settings = {
+        "data": task.data,
+        "seen": task.seen,
+        "limit": task.limit,
+        "skip_long": task.skip_long,
+        "shots": task.shots,
+        "shots_data": task.shots_data,
+        "seed": task.seed,
+        "max_tokens": found.task.max_tokens,
+        "batch": batch or llm.max_batch,
+    }
+    return {**about("eval", llm), "settings": settings, "draft": drafted, **found.record()}
 
 
 def read_exits(words: str, *, layers: int) -> list[int]:
@@ -114,35 +251,3 @@ def read_exits(words: str, *, layers: int) -> list[int]:
         if not 1 <= exit <= layers:
             raise RequestError(f"exit {exit} is not inside this {layers}-layer model; use 1..{layers}")
     return [exit for exit in exits if exit < layers]
-
-
-def title(found: Quality, group: str) -> str:
-    """What a table is about: "topv2, unseen: 12 items"."""
-    count = next(iter(found.results[0].scores[group].values())).count
-    return f"{found.task.name}, {group}: {count:,} item{'' if count == 1 else 's'}"
-
-
-def score_rows(found: Quality, group: str) -> list[tuple[str, ...]]:
-    """The scores of a group, a row for each way of decoding."""
-    return [(result.name, *map(percent, result.scores[group].values())) for result in found.results]
-
-
-def percent(score: Score) -> str:
-    """The mean with its standard error."""
-    return f"{score.mean:.1%}" + ("" if score.error is None else f" ± {100 * score.error:.1f}")
-
-
-def speed_row(result: Result) -> tuple[str, ...]:
-    """What a way of decoding cost, prompts included."""
-    rate = result.tokens / result.seconds
-    return (result.name, result.mode, f"{result.tokens:,}", f"{result.seconds:.1f}", f"{rate:.1f}")
-
-
-def drafted_line(result: Result) -> str:
-    """What became of the drafts, and whether the texts are the plain ones."""
-    record: dict[str, Any] = result.record()["acceptance"]
-    return (
-        f"{result.name}: acceptance {record['draft_acceptance_rate']:.1%}, "
-        f"{record['mean_acceptance_length']:.2f} tokens/round ({record['emitted_per_round']:.2f} emitted); "
-        f"{result.identical:,} of {len(result.completions):,} texts identical to plain ones"
-    )

@@ -8,18 +8,21 @@ that it saves.
 """
 
 from layerskip.evaluate.acceptance import Measurement, best, measure
+from layerskip.evaluate.curves import Point, exit_curves
 from layerskip.evaluate.quality import Quality, Result, Score, evaluate
 from layerskip.evaluate.tasks import Item, Task, find_task, topv2
 
 __all__ = [
     "Item",
     "Measurement",
+    "Point",
     "Quality",
     "Result",
     "Score",
     "Task",
     "best",
     "evaluate",
+    "exit_curves",
     "find_task",
     "measure",
     "topv2",

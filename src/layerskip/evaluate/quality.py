@@ -1,6 +1,6 @@
 """How good the texts of a checkpoint are: plainly decoded, at early exits, and drafted.
 
-Knows tasks and completions. Does not know what a task is about, nor files.
+Knows tasks, completions and scores. Does not know what a task is about, nor files.
 """
 
 from __future__ import annotations
@@ -8,18 +8,19 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from layerskip.decode.acceptance import Acceptance
 from layerskip.decode.draft import Drafter
 from layerskip.errors import RequestError
-from layerskip.evaluate.follow import Run, follow, fresh
+from layerskip.evaluate.curves import Point, exit_curves
+from layerskip.evaluate.kept import Kept
 from layerskip.evaluate.tasks import Task
+from layerskip.evaluate.ways import ALL, Decoded, Pace, Way, decode, drafter_name, encoded
 from layerskip.llm import LLM, Completion
 
-ALL = "all"
-"""The group that every item belongs to."""
+__all__ = ["ALL", "Quality", "Result", "Score", "drafted_record", "drafter_name", "encoded", "evaluate", "score"]
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class Result:
         name: "plain", "exit E", or the drafter, such as "early-exit:3 K=4".
         exit: layers that decide.
         completions: one for each item, in order.
-        scores: by group, "all" among them, and by metric.
-        seconds: from the first prompt to the last token.
+        scores: by group, "all" among them, and by metric; none where the task has no scorer.
+        pace: what it cost: of "all" items, and where nothing is scored of every group.
         acceptance: counts over all rounds, with the seconds of the rounds; None where nothing drafts.
         identical: items whose tokens are those of plain decoding; None for plain decoding, and where that was not run.
     """
@@ -67,7 +68,7 @@ class Result:
     exit: int
     completions: Sequence[Completion]
     scores: Mapping[str, Mapping[str, Score]]
-    seconds: float
+    pace: Mapping[str, Pace]
     acceptance: Acceptance | None
     identical: int | None
 
@@ -79,7 +80,12 @@ class Result:
     @property
     def tokens(self) -> int:
         """Tokens generated."""
-        return sum(len(completion.tokens) for completion in self.completions)
+        return self.pace[ALL].tokens
+
+    @property
+    def seconds(self) -> float:
+        """From the first prompt to the last token."""
+        return self.pace[ALL].end_to_end
 
     def record(self) -> dict[str, Any]:
         """The same for JSON, without the texts."""
@@ -93,6 +99,7 @@ class Result:
             },
             "tokens": self.tokens,
             "seconds": self.seconds,
+            "pace": {group: pace.record() for group, pace in self.pace.items()},
             "identical": self.identical,
             "acceptance": None if self.acceptance is None else drafted_record(self.acceptance),
         }
@@ -100,10 +107,17 @@ class Result:
 
 @dataclass(frozen=True)
 class Quality:
-    """A task, done in one way or several."""
+    """A task, done in one way or several.
+
+    Args:
+        task: with the items that were asked.
+        results: a way each; none where the task generates nothing.
+        curves: what every exit predicts, for language modelling; else None.
+    """
 
     task: Task
     results: Sequence[Result]
+    curves: Sequence[Point] | None = None
 
     def record(self) -> dict[str, Any]:
         """All of it, for JSON."""
@@ -111,6 +125,7 @@ class Quality:
             "task": self.task.name,
             "items": len(self.task.items),
             "results": [result.record() for result in self.results],
+            "curves": None if self.curves is None else [point.record() for point in self.curves],
         }
 
 
@@ -128,8 +143,10 @@ def evaluate(
     exits: Sequence[int] | None = None,
     draft: Drafter | None = None,
     batch: int | None = None,
+    allow_code_execution: bool = False,
+    kept: Kept | None = None,
 ) -> Quality:
-    """Generates greedily for every item, and scores the texts.
+    """Generates greedily for every item, and scores the texts; or predicts every token of texts, at every exit.
 
     The order of the items does not change: prompts are only run longest first, so that those that share a batch are of
     similar length. Every way of decoding begins with an empty cache, on the same weights.
@@ -138,55 +155,74 @@ def evaluate(
         llm: the model.
         task: what it shall do.
         plain: decode plainly, as what the others are compared with.
-        exits: also at these exits, without the layers above: lossy.
+        exits: also at these exits, without the layers above: lossy. For language modelling, the exits of the curves;
+            None is all of them.
         draft: also with this drafter: exact.
         batch: rows that decode side by side; None is the model's own.
+        allow_code_execution: whether programs that the model wrote may be run, in the sandbox.
+        kept: takes up what each way gave, and gives back what an earlier run had finished.
 
     Returns:
-        Results in this order: plain, each exit, drafted.
+        Results in this order: plain, each exit, drafted; or curves.
 
     Raises:
-        RequestError: an exit or a drafter that cannot serve the model, a prompt that does not fit it, or nothing to do.
+        RequestError: an exit or a drafter that cannot serve the model, a prompt that does not fit it, nothing to do, an
+            item without an answer, programs that may not or cannot be run.
         CapacityError: the cache does not fit in memory.
         NumericalError: the model's logits are not finite.
+        StorageError: what was finished cannot be kept.
     """
-    layers = llm.decoder.shape.layers
-    ways: list[tuple[str, int | None, Drafter | None]] = [("plain", None, None)] if plain else []
-    ways += [(f"exit {exit}", exit, None) for exit in exits or ()]
-    if draft is not None:
-        ways.append((drafter_name(draft), None, draft))
-    if not ways:
-        raise RequestError("nothing to evaluate: no plain decoding, no exits and no drafter; ask for one of them")
-    for _, exit, drafter in ways:
-        if exit is not None and not 1 <= exit <= layers:
-            raise RequestError(f"exit {exit} is not inside this {layers}-layer model; use 1..{layers}")
-        if drafter is not None:
-            drafter.check(llm.decoder, exit=layers)
+    if not task.generates:
+        if draft is not None:
+            raise RequestError(f"task {task.name} generates nothing, so a drafter changes nothing; leave --draft out")
+        return Quality(task, (), exit_curves(llm, [item.prompt for item in task.items], exits=exits))
+    ways = _ways(llm, plain=plain, exits=exits, draft=draft)
+    check_scorer(task, allow_code_execution=allow_code_execution)
     prompts = encoded(llm, task)
     results: list[Result] = []
-    for name, exit, drafter in ways:
-        run = _run(fresh(llm, batch=batch), task, prompts, exit=exit, draft=drafter)
-        same = _same(run.completions, results[0].completions) if plain and results else None
+    for way in ways:
+        found = _decoded(llm, task, way, prompts=prompts, batch=batch, kept=kept)
+        same = _same(found.completions, results[0].completions) if plain and results else None
         results.append(
             Result(
-                name=name,
-                exit=layers if exit is None else exit,
-                completions=run.completions,
-                scores=score(task, [completion.text for completion in run.completions]),
-                seconds=run.total,
-                acceptance=None if drafter is None else run.acceptance,
+                name=way.name,
+                exit=way.exit or llm.decoder.shape.layers,
+                completions=found.completions,
+                scores=score(task, [completion.text for completion in found.completions]),
+                pace=found.pace,
+                acceptance=None if way.draft is None else found.acceptance,
                 identical=same,
             )
         )
     return Quality(task, results)
 
 
+def check_scorer(task: Task, *, allow_code_execution: bool = False) -> None:
+    """Raises RequestError where the texts of a task could not be scored, before there are any."""
+    if task.scorer is None:
+        return
+    for number, item in enumerate(task.items, 1):
+        if item.answer is None:
+            raise RequestError(
+                f"item {number} of {len(task.items)} of {task.name} has no answer to score a text against; "
+                "give data with answers, or measure speed alone with bench"
+            )
+    if task.executes and not allow_code_execution:
+        raise RequestError(
+            f"task {task.name} runs programs that the model writes, in a sandbox; allow it with --allow-code-execution"
+        )
+    if task.ready is not None:
+        task.ready()
+
+
 def score(task: Task, texts: Sequence[str]) -> dict[str, dict[str, Score]]:
     """Scores a text for each item.
 
     Returns:
-        By group, "all" first, and by metric.
+        By group, "all" first, and by metric; nothing where the task has no scorer.
     """
+    if task.scorer is None:
+        return {}
     values: dict[str, dict[str, list[float]]] = {}
     for item, text in zip(task.items, texts, strict=True):
         for metric, value in task.scorer(text, item.answer).items():
@@ -195,46 +231,33 @@ def score(task: Task, texts: Sequence[str]) -> dict[str, dict[str, Score]]:
     return {group: {metric: Score.of(found) for metric, found in metrics.items()} for group, metrics in values.items()}
 
 
-def encoded(llm: LLM, task: Task) -> list[list[int]]:
-    """Every prompt's tokens. Raises RequestError that says which one will not do."""
-    found = []
-    context = llm.decoder.shape.context
-    for number, item in enumerate(task.items, 1):
-        where = f"item {number} of {len(task.items)} of {task.name}"
-        try:
-            found.append(llm.encode(item.prompt))
-        except RequestError as error:
-            raise RequestError(f"{where}: {error}") from error
-        if len(found[-1]) >= context:
-            raise RequestError(
-                f"{where}: the prompt has {len(found[-1])} tokens; this model's context holds {context}, "
-                f"so use at most {context - 1}"
-            )
+def _ways(llm: LLM, *, plain: bool, exits: Sequence[int] | None, draft: Drafter | None) -> list[Way]:
+    layers = llm.decoder.shape.layers
+    ways = [Way("plain")] if plain else []
+    ways += [Way(f"exit {exit}", exit) for exit in exits or ()]
+    if draft is not None:
+        ways.append(Way(drafter_name(draft), draft=draft))
+    if not ways:
+        raise RequestError("nothing to evaluate: no plain decoding, no exits and no drafter; ask for one of them")
+    for way in ways:
+        if way.exit is not None and not 1 <= way.exit <= layers:
+            raise RequestError(f"exit {way.exit} is not inside this {layers}-layer model; use 1..{layers}")
+        if way.draft is not None:
+            way.draft.check(llm.decoder, exit=layers)
+    return ways
+
+
+def _decoded(
+    llm: LLM, task: Task, way: Way, *, prompts: Sequence[Sequence[int]], batch: int | None, kept: Kept | None
+) -> Decoded:
+    """What a way gives, or gave in an earlier run."""
+    if kept is None:
+        return decode(llm, task, way, prompts=prompts, batch=batch)
+    if (before := kept.get(way.key)) is not None:
+        return Decoded.of(before, prompts=prompts)
+    found = decode(llm, task, way, prompts=prompts, batch=batch)
+    kept.put(way.key, found.kept())
     return found
-
-
-def drafter_name(drafter: Drafter) -> str:
-    """What reports call a drafter: "early-exit:3 K=4"."""
-    from layerskip.decode.drafters import EarlyExit
-
-    depth = f":{drafter.exit}" if isinstance(drafter, EarlyExit) else ""
-    return f"{drafter.name}{depth} K={drafter.tokens}"
-
-
-def _run(llm: LLM, task: Task, prompts: Sequence[Sequence[int]], *, exit: int | None, draft: Drafter | None) -> Run:
-    """Generates for all prompts, longest first; the completions are in the order of the prompts."""
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    run = follow(
-        llm.stream([prompts[i] for i in order], draft=draft, exit=exit, max_tokens=task.max_tokens, stop=task.stop)
-    )
-    if run.interrupted:
-        raise KeyboardInterrupt
-    found = dict(zip(order, run.completions, strict=True))
-    return replace(
-        run,
-        completions=[found[i] for i in range(len(prompts))],
-        arrivals=[replace(arrival, index=order[arrival.index]) for arrival in run.arrivals],
-    )
 
 
 def _same(one: Sequence[Completion], other: Sequence[Completion]) -> int:

@@ -1,7 +1,7 @@
 """More frames from the frames there are: the words of a slot exchanged for those that the same slot has elsewhere.
 
 Data recombination (Jia and Liang, "Data Recombination for Neural Semantic Parsing", ACL 2016) for TOPv2's slots. Knows
-how frames are written; knows no tokenizer.
+no tokenizer.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from layerskip.errors import RequestError
+from layerskip.frames import frame_words, word_slots
 from layerskip.train.data.examples import Example, Pair
 
 Kind = tuple[str, str]  # the intent a slot stands in, and the slot
@@ -46,12 +47,12 @@ def recombined(examples: Iterable[Example], *, share: float, seed: int = 0) -> l
         frames.append(example.response.split())
     values: dict[Kind, dict[str, None]] = {}
     for frame in frames:
-        for kind, begin, end in _slots(frame):
+        for kind, begin, end in word_slots(frame):
             values.setdefault(kind, {})[" ".join(frame[begin:end])] = None
     choices = {kind: list(found) for kind, found in values.items()}
     draws = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, 1))))
     made = (_exchanged(frame, choices, draws) for frame in _several(frames, share, draws))
-    return [Pair(_words(frame), " ".join(frame)) for frame in made if frame is not None]
+    return [Pair(" ".join(frame_words(frame)), " ".join(frame)) for frame in made if frame is not None]
 
 
 def _several(frames: Sequence[list[str]], share: float, draws: np.random.Generator) -> Iterator[list[str]]:
@@ -60,31 +61,14 @@ def _several(frames: Sequence[list[str]], share: float, draws: np.random.Generat
             yield frame
 
 
-def _slots(frame: Sequence[str]) -> Iterator[tuple[Kind, int, int]]:
-    """Every slot that holds words and nothing else: its kind, and where its words begin and end."""
-    opened: list[int] = []
-    for place, token in enumerate(frame):
-        if token.startswith("["):
-            opened.append(place)
-        elif token == "]":
-            begin = opened.pop()
-            words_only = not any(inner.startswith("[") for inner in frame[begin + 1 : place])
-            if frame[begin].startswith("[SL:") and words_only and place > begin + 1 and opened:
-                yield (frame[opened[-1]], frame[begin]), begin + 1, place
-
-
 def _exchanged(frame: Sequence[str], choices: dict[Kind, list[str]], draws: np.random.Generator) -> list[str] | None:
     """The frame with other words in some slots; None where nothing changed."""
     parts: list[str] = []
     done = 0
-    for kind, begin, end in sorted(_slots(frame), key=lambda slot: slot[1]):
+    for kind, begin, end in sorted(word_slots(frame), key=lambda slot: slot[1]):
         parts += frame[done:begin]
         exchange = draws.random() < _EXCHANGED
         parts += choices[kind][int(draws.integers(len(choices[kind])))].split() if exchange else frame[begin:end]
         done = end
     parts += frame[done:]
     return parts if parts != list(frame) else None
-
-
-def _words(frame: Sequence[str]) -> str:
-    return " ".join(token for token in frame if token != "]" and not token.startswith("["))

@@ -13,14 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from layerskip import frames
 from layerskip.errors import RequestError
 from layerskip.train.data.examples import Chat, Document, Example, Pair, Turn
-from layerskip.train.data.topv2 import check_frame
 
 # What a record may consist of: each tuple is a kind of example.
 KINDS = (("messages",), ("prompt", "response"), ("text",))
 FIELDS = [name for kind in KINDS for name in kind]
-_HEADER = ["domain", "utterance", "semantic_parse"]
 _SHOWN = 5  # names in a message
 
 
@@ -59,25 +58,19 @@ def text_rows(path: Path, raw: bytes, *, separator: str | None) -> Iterator[Foun
 
 def json_rows(path: Path, raw: bytes, *, columns: Mapping[str, str]) -> Iterator[Found]:
     """A record in each line."""
-    return _line_rows(path, raw.split(b"\n"), partial(_json_example, columns=columns), first=1)
+    return _line_rows(path, raw.split(b"\n"), partial(_json_example, columns=columns))
 
 
 def table_rows(path: Path, raw: bytes) -> Iterator[Found]:
-    """A TOPv2 table: a header, then domain, utterance and frame in each line.
-
-    Raises:
-        RequestError: the header is another one.
-    """
-    header, *lines = raw.split(b"\n")
-    if header.rstrip(b"\r").decode(errors="replace").split("\t") != _HEADER:
-        raise RequestError(f"{path}:1 is not the header of a TOPv2 table; its columns have to be {', '.join(_HEADER)}")
-    yield from _line_rows(path, lines, _topv2_example, first=2)
+    """Pairs of a TOPv2 table. Raises RequestError where its header is another one."""
+    for number, found in frames.table_rows(raw, name=str(path)):
+        yield Bad(f"{path}:{number}", str(found)) if isinstance(found, RequestError) else Pair(*found)
 
 
-def _line_rows(path: Path, lines: Sequence[bytes], example: Callable[[str], Example], *, first: int) -> Iterator[Found]:
+def _line_rows(path: Path, lines: Sequence[bytes], example: Callable[[str], Example]) -> Iterator[Found]:
     """Rows of a file that has one in each line; what `example` raises is what is wrong with its line."""
-    for number, line in enumerate(lines, start=first):
-        if not line and number == first + len(lines) - 1:
+    for number, line in enumerate(lines, start=1):
+        if not line and number == len(lines):
             return  # the end of the last line
         try:
             yield example(line.decode())
@@ -89,17 +82,6 @@ def _line_rows(path: Path, lines: Sequence[bytes], example: Callable[[str], Exam
 
 def _not_utf8(error: UnicodeDecodeError) -> str:
     return f"byte 0x{error.object[error.start]:02x} is not UTF-8"
-
-
-def _topv2_example(line: str) -> Pair:
-    columns = line.split("\t")
-    if len(columns) != len(_HEADER):
-        raise RequestError(f"{len(columns)} columns instead of {len(_HEADER)}")
-    _, utterance, frame = columns
-    if not utterance.strip():
-        raise RequestError("the utterance is empty")
-    check_frame(frame)
-    return Pair(utterance, " ".join(frame.split()))
 
 
 def _json_example(line: str, *, columns: Mapping[str, str]) -> Example:

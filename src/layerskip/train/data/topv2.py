@@ -1,15 +1,13 @@
 """TOPv2: utterances, and the frames they are parsed into.
 
-Knows how a frame is written (``[IN:CREATE_ALARM Set an alarm [SL:DATE_TIME for 7 am ] ]``: an intent holds words and
-slots, a slot holds words and intents, each closed by a token `` ]``), and a tokenizer in which a frame is its
-utterance's own tokens with structure between them. Does not know files, batches or models.
+Knows a tokenizer in which a frame is its utterance's own tokens with structure between them; how a frame is written
+is in `layerskip.frames`. Does not know files, batches or models.
 
 Source: Chen et al., "Low-Resource Domain Adaptation for Compositional Task-Oriented Semantic Parsing", EMNLP 2020.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ import numpy as np
 from tokenizers import Regex, decoders, pre_tokenizers, processors
 
 from layerskip.errors import RequestError
+from layerskip.frames import frame_words, is_opening
 from layerskip.train.data.examples import Example, Pair
 from layerskip.train.data.tokenizers import WordVocabulary, as_fast, byte_level_vocabulary
 
@@ -26,47 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 BOS, EOS, PAD, PARSE = "<s>", "</s>", "<pad>", "<parse>"
-
-_OPENING = re.compile(r"\[(IN|SL):([A-Z][A-Z_]*)")
-_INSIDE = {"IN": "SL", "SL": "IN"}  # what may open inside what
-
-
-def check_frame(text: str) -> None:
-    """Checks that a text is a frame.
-
-    `layerskip.evaluate.frames` reads frames by the same rule; the two packages do not know each other.
-
-    Raises:
-        RequestError: the brackets do not balance, a label is not one, or there is not exactly one root intent.
-    """
-    open_parts: list[str] = []
-    for place, token in enumerate(text.split(), start=1):
-        if place > 1 and not open_parts:
-            raise RequestError(f"token {place}, {token!r}, comes after the frame has ended; a frame is one intent")
-        if token.startswith("["):
-            _check_opening(token, place=place, inside=open_parts[-1] if open_parts else None)
-            open_parts.append(token[1:])
-        elif place == 1 and token == "]":
-            raise RequestError("token 1 closes a bracket that nothing opened; a frame begins with [IN:")
-        elif place == 1:
-            raise RequestError(f"token 1, {token!r}, is outside of any bracket; a frame begins with [IN:")
-        elif token == "]":
-            open_parts.pop()
-    if open_parts:
-        raise RequestError(f"{len(open_parts)} bracket(s) are never closed, the last one [{open_parts[-1]}")
-    if not text.split():
-        raise RequestError("there is no frame in an empty text; a frame begins with [IN:")
-
-
-def _check_opening(token: str, *, place: int, inside: str | None) -> None:
-    match = _OPENING.fullmatch(token)
-    if match is None:
-        raise RequestError(f"token {place}, {token!r}, opens neither an intent, [IN:NAME, nor a slot, [SL:NAME")
-    allowed = "IN" if inside is None else _INSIDE[inside[:2]]
-    if match[1] != allowed:
-        where = "at the root" if inside is None else f"inside {inside}"
-        raise RequestError(f"token {place}, {token!r}, stands {where}, where only [{allowed}: may open")
-
 
 # How the annotators of TOPv2 cut an utterance into the words of its frame, read off the train split: "4pm" is "4 pm",
 # "tonight." is "tonight .", "today's" is "today 's", "9:30" is "9 : 30", and "don't", "a.m", "4.30pm", "10,000" stay.
@@ -108,7 +66,7 @@ def topv2_tokenizer(examples: Iterable[Example], *, vocab_size: int = 3072) -> P
     openings: set[str] = set()
     for example in _pairs(examples):
         utterances.append(example.prompt)
-        openings.update(token for token in example.response.split() if _OPENING.fullmatch(token))
+        openings.update(token for token in example.response.split() if is_opening(token))
     words = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(f"(?:{_CUTS}){_NOT_IN_A_FRAME}"), "isolated"),
@@ -207,8 +165,8 @@ def topv2_statistics(
         prompt[1:-1] == [token for token in frame if token not in structure]
         for prompt, frame in zip(prompts, frames, strict=True)
     ]
-    seen = {word for pair in _pairs(known) for word in _words(pair.response)}
-    words = Counter(word for pair in pairs for word in _words(pair.response))
+    seen = {word for pair in _pairs(known) for word in frame_words(pair.response.split())}
+    words = Counter(word for pair in pairs for word in frame_words(pair.response.split()))
     return Statistics(
         rows=len(pairs),
         utterance=_lengths([len(prompt) for prompt in prompts]),
@@ -229,10 +187,6 @@ def _pairs(examples: Iterable[Example]) -> list[Pair]:
             )
         pairs.append(example)
     return pairs
-
-
-def _words(frame: str) -> list[str]:
-    return [token for token in frame.split() if token != "]" and not token.startswith("[")]
 
 
 def _lengths(counts: Sequence[int]) -> Lengths:
