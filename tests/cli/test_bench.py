@@ -85,6 +85,27 @@ def test_tables_then_one_line(
     assert "repeat 2 of 2" in done.stderr
 
 
+def test_early_exits_are_measured_as_lossy(
+    run: Any, base: tuple[Any, ...], tiny_checkpoint: Path, schema: jsonschema.Draft202012Validator
+) -> None:
+    done = run(*base, "--exit", "1,2", "--draft", "early-exit:1", "--limit", 2)
+    record = last_line(done)
+    schema.validate(record)
+    cells = {cell["name"]: cell for cell in record["cells"]}
+    assert {name: (cell["mode"], cell["exit"]) for name, cell in cells.items()} == {
+        "plain": ("exact", None),
+        "exit 1": ("lossy", 1),
+        "exit 2": ("lossy", 2),
+        "early-exit:1 K=4": ("exact", 1),
+    }
+    llm = layerskip.load(tiny_checkpoint, dtype="float64")
+    texts = [llm.generate(line, max_tokens=8, exit=1, ignore_eos=True).tokens for line in LINES[:2]]
+    plain = [llm.generate(line, max_tokens=8, ignore_eos=True).tokens for line in LINES[:2]]
+    assert cells["exit 1"]["identical"] == (texts == plain)
+    assert cells["exit 1"]["acceptance"] is None
+    assert "exit 1, exit 2 lossy, all others exact" in done.stdout
+
+
 def test_without_a_model_and_flags_it_measures_the_parser(run: Any, schema: jsonschema.Draft202012Validator) -> None:
     done = run("bench", "--limit", 2, "--repeat", 1, "--max-tokens", 6, "--dtype", "float32", "--device", "cpu")
     record = last_line(done)

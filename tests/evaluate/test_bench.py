@@ -15,10 +15,11 @@ from layerskip import LLM, EarlyExit, Lookup
 from layerskip.decode.draft import Draft, Outcome, Rows
 from layerskip.errors import CapacityError, RequestError
 from layerskip.evaluate import contest as contest_module
-from layerskip.evaluate.bench import Ours, Way, bench, cells, encode_prompts
+from layerskip.evaluate.bench import Ours, bench, cells, encode_prompts
 from layerskip.evaluate.cell import PARTS, Contender, Measured, cell
 from layerskip.evaluate.contest import PLAIN, Contest, Settings, Step, Texts, measured
 from layerskip.evaluate.ticks import Tick
+from layerskip.evaluate.ways import Way
 from layerskip.model import cache as cache_module
 from layerskip.model.decoder import Decoder
 
@@ -93,7 +94,7 @@ def test_tokens_counted_are_tokens_emitted(llm: LLM, batch: int, end: str) -> No
     wanted = alone(llm, max_tokens=24, ignore_eos=settings.ignore_eos, stop=settings.stop)
     sizes = [len(tokens) for tokens in wanted]
     assert (sizes == [24] * 6) == (end in ("length", "ignored eos"))  # else some end sooner: the batch is ragged
-    ways = [Way(PLAIN, None), Way("script", drafter), Way("early", EarlyExit(1, tokens=3)), Way("lookup", Lookup())]
+    ways = [Way(PLAIN), Way("script", drafter), Way("early", EarlyExit(1, tokens=3)), Way("lookup", Lookup())]
     runners = [Ours(llm, way) for way in ways]
     for runner in runners:
         assert runner.run([llm.encode(prompt) for prompt in PROMPTS], settings).tokens == wanted

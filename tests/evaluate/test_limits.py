@@ -15,6 +15,7 @@ from layerskip.evaluate.bandwidth import buffer_size, last_cache, measure_bandwi
 from layerskip.evaluate.follow import Arrival
 from layerskip.evaluate.memory import HighWater
 from layerskip.evaluate.ticks import first_tokens, percentiles, read_ticks, round_latencies, token_latencies
+from layerskip.evaluate.ways import Way
 from layerskip.evaluate.weights import Weights
 from layerskip.llm import Chunk
 
@@ -72,13 +73,18 @@ def test_weights_by_hand(tiny: Callable[..., Any], decoder_of: Callable[[Any], A
     weights = Weights.of(decoder)
     assert weights == Weights((8 * layer,) * 4, 8 * head)
     # verification is one pass over everything, the last token of the draft included; a drafted token a pass to the exit
-    assert weights.round(None, drafted=0) == weights.round(Lookup(), drafted=8) == 8 * (4 * layer + head)
-    assert weights.round(EarlyExit(1, tokens=6), drafted=3) == 8 * (4 * layer + head + 3 * (layer + head))
-    assert weights.round(EarlyExit(3), drafted=0) == 8 * (4 * layer + head)
+    assert (
+        weights.round(Way("plain"), drafted=0)
+        == weights.round(Way("lookup", Lookup()), drafted=8)
+        == 8 * (4 * layer + head)
+    )
+    assert weights.round(Way("early", EarlyExit(1, tokens=6)), drafted=3) == 8 * (4 * layer + head + 3 * (layer + head))
+    assert weights.round(Way("early", EarlyExit(3)), drafted=0) == 8 * (4 * layer + head)
+    assert weights.round(Way("exit 3", exit=3), drafted=0) == 8 * (3 * layer + head)
     rounds = read_ticks(ARRIVALS, [c for _, c in CHUNKS])
     # a round costs what its longest draft costs, however many rows: 4, 1, 0 and 0 tokens
-    assert weights.run(EarlyExit(1), rounds) == 8 * (4 * (4 * layer + head) + 5 * (layer + head))
-    assert weights.run(None, rounds) == 8 * 4 * (4 * layer + head)
+    assert weights.run(Way("early", EarlyExit(1)), rounds) == 8 * (4 * (4 * layer + head) + 5 * (layer + head))
+    assert weights.run(Way("plain"), rounds) == 8 * 4 * (4 * layer + head)
 
 
 def test_passes_are_those_that_run(tiny: Callable[..., Any], decoder_of: Callable[[Any], Any]) -> None:
@@ -107,7 +113,7 @@ def test_passes_are_those_that_run(tiny: Callable[..., Any], decoder_of: Callabl
     rounds = []
     while len(batch):
         rounds.append(Tick(0, 0, {}, frozenset(), drafted=max(len(done.drafted) for done in batch.round())))
-    assert weights.run(drafter, rounds) == read > 0
+    assert weights.run(Way("it", drafter), rounds) == read > 0
     assert len({tick.drafted for tick in rounds}) > 1
 
 

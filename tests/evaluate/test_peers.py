@@ -10,9 +10,10 @@ import torch
 import layerskip
 from layerskip import LLM, EarlyExit
 from layerskip.errors import CheckpointError, RequestError
-from layerskip.evaluate.bench import Ours, Way, cells, encode_prompts
+from layerskip.evaluate.bench import Ours, cells, encode_prompts
 from layerskip.evaluate.contest import PLAIN, Contest, Settings
 from layerskip.evaluate.peers import Clock, Peer, Transformers, check_peers, early_exit, plain
+from layerskip.evaluate.ways import Way
 
 PROMPTS = ("the cat sat on the mat and the dog ran", "the", "the dog ran to the cat", "a")
 
@@ -35,11 +36,11 @@ def ids(llm: LLM) -> list[list[int]]:
 @pytest.mark.parametrize("ends", [False, True])
 def test_its_tokens_are_plain_ones(llm: LLM, engine: Transformers, batch: int, ends: bool) -> None:
     settings = Settings(batch, 20, ignore_eos=not ends)
-    long = Ours(llm, Way(PLAIN, None)).run(ids(llm), Settings(batch, 20, ignore_eos=True)).tokens
+    long = Ours(llm, Way(PLAIN)).run(ids(llm), Settings(batch, 20, ignore_eos=True)).tokens
     before = llm.eos
     llm.eos = engine.eos[:] = [long[0][4], long[2][9]]  # type: ignore[assignment]
     try:
-        wanted = Ours(llm, Way(PLAIN, None)).run(ids(llm), settings).tokens
+        wanted = Ours(llm, Way(PLAIN)).run(ids(llm), settings).tokens
         assert ([len(tokens) for tokens in wanted] == [20] * 4) != ends
         peers: list[Peer] = [plain(engine)] + ([early_exit(engine, exit=2, draft_tokens=3)] if batch == 1 else [])
         for peer in peers:
@@ -102,7 +103,7 @@ def test_an_interrupted_early_exit_leaves_the_model_whole(
 
 def test_peers_and_ours_in_one_contest(llm: LLM, engine: Transformers) -> None:
     runners: Any = [
-        Ours(llm, Way(PLAIN, None)),
+        Ours(llm, Way(PLAIN)),
         Ours(llm, Way("early-exit:2 K=3", EarlyExit(2, tokens=3))),
         plain(engine),
         early_exit(engine, exit=2, draft_tokens=3),

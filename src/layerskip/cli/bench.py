@@ -15,7 +15,7 @@ from layerskip.cli.screen import Screen, write_json
 from layerskip.errors import RequestError
 
 if TYPE_CHECKING:
-    from layerskip.evaluate.bench import Way
+    from layerskip.evaluate.ways import Way
     from layerskip.llm import LLM
 
 
@@ -33,6 +33,10 @@ class WayFlags:
             show_default=False,
         ),
     ] = field(default_factory=list)
+    exit: Annotated[
+        str | None,
+        Option(metavar="all|E[,E..]", help="Also stop after E layers (lossy), at each of these.", show_default=False),
+    ] = None
     draft_tokens: Annotated[
         str | None,
         Option(
@@ -58,19 +62,23 @@ class WayFlags:
     ] = field(default_factory=list)
 
     def ways(self, llm: LLM) -> list[Way]:
-        """Plain decoding, and each drafter with each number of tokens. Raises what `LLM.drafter` raises."""
-        from layerskip.evaluate.bench import Way
+        """Plain decoding, each exit, and each drafter with each number of tokens. Raises what `LLM.drafter` raises."""
+        from layerskip.cli.evaluate import read_exits
         from layerskip.evaluate.contest import PLAIN
+        from layerskip.evaluate.ways import Way
 
         counts = [None] if self.draft_tokens is None else whole_numbers("--draft-tokens", [self.draft_tokens])
-        found = [Way(PLAIN, None)]
-        for words in self.drafts or ["early-exit"]:
+        found = [Way(PLAIN)]
+        if self.exit is not None:
+            exits = read_exits(self.exit, layers=llm.decoder.shape.layers)
+            found += [Way(f"exit {exit}", exit=exit) for exit in exits]
+        for words in self.drafts or ([] if self.exit else ["early-exit"]):
             for count in counts:
                 drafter = llm.drafter(words, tokens=count, confidence=self.confidence)
                 if drafter is not None:
                     stops = "" if self.confidence is None else f" P={self.confidence:g}"
                     found.append(Way(label(words, drafter) + stops, drafter))
-        if len(found) == 1:
+        if all(way.draft is None for way in found):
             for name, value in (("--draft-tokens", self.draft_tokens), ("--confidence", self.confidence)):
                 if value is not None:
                     raise RequestError(

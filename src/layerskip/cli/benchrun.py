@@ -15,10 +15,11 @@ from layerskip.decode.drafters import EarlyExit
 from layerskip.errors import RequestError
 from layerskip.evaluate import peers, record, results
 from layerskip.evaluate.bandwidth import measure_bandwidth
-from layerskip.evaluate.bench import Ours, Way
+from layerskip.evaluate.bench import Ours
 from layerskip.evaluate.contest import Contest, Runner, Settings
 from layerskip.evaluate.peers import Peer
 from layerskip.evaluate.results import Results
+from layerskip.evaluate.ways import Way
 from layerskip.llm import LLM
 from layerskip.model import checkpoint
 from layerskip.pretrained import embedded

@@ -58,7 +58,7 @@ def show_record(record: Record, screen: Screen) -> None:
         ours = [cell for cell in cells if not cell["peer"]]
         title = (
             f"batch {batch}: {settings['items']} prompts ({settings['prompts']}), {settings['repeat']} repeats, "
-            f"greedy, {record['model']['dtype']}; all exact"
+            f"greedy, {record['model']['dtype']}; {modes(cells)}"
         )
         speeds = ("tokens/s", "decode", "end to end", "speedup", "same")
         screen.table([speed_row(cell) for cell in cells], columns=speeds, title=title)
@@ -75,6 +75,12 @@ def show_record(record: Record, screen: Screen) -> None:
     screen.line(f"this machine reads {speed['bytes_per_second'] / 1e9:.1f} GB/s with {_threads(speed['threads'])}")
     for note in record["notes"]:
         screen.line(note)
+
+
+def modes(cells: Sequence[Record]) -> str:
+    """Which of them are exact."""
+    lossy = [cell["name"] for cell in cells if cell["mode"] == "lossy"]
+    return f"{', '.join(lossy)} lossy, all others exact" if lossy else "all exact"
 
 
 def speed_row(cell: Record) -> tuple[str, ...]:

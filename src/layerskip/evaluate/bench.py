@@ -9,32 +9,18 @@ Every run begins with an empty cache; prompts that begin alike share that beginn
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-from layerskip.decode.draft import Drafter
 from layerskip.decode.drafters import EarlyExit
 from layerskip.errors import CapacityError, RequestError
 from layerskip.evaluate.cell import Cell, Contender, Measured, cell
 from layerskip.evaluate.contest import PLAIN, Contest, Settings, Step, Texts, at_least_one
 from layerskip.evaluate.follow import follow, fresh
 from layerskip.evaluate.ticks import Tick, read_ticks
+from layerskip.evaluate.ways import Way
 from layerskip.evaluate.weights import Weights
 from layerskip.llm import LLM, Chunk, Stream
 
 Prompt = str | Sequence[int]
-
-
-@dataclass(frozen=True)
-class Way:
-    """A way of decoding with our engine.
-
-    Args:
-        name: what reports call it.
-        draft: what drafts; None decodes plainly.
-    """
-
-    name: str
-    draft: Drafter | None
 
 
 def bench(
@@ -119,9 +105,9 @@ def with_plain(ways: Sequence[Way]) -> list[Way]:
         RequestError: something else is called "plain", or plain decoding something else.
     """
     for way in ways:
-        if (way.name == PLAIN) != (way.draft is None):
+        if (way.name == PLAIN) != way.plain:
             raise RequestError(f"{way.name!r} is not possible: plain decoding, and nothing else, is called {PLAIN!r}")
-    return list(ways) if any(way.draft is None for way in ways) else [Way(PLAIN, None), *ways]
+    return list(ways) if any(way.plain for way in ways) else [Way(PLAIN, None), *ways]
 
 
 def encode_prompts(llm: LLM, prompts: Sequence[Prompt]) -> list[list[int]]:
@@ -163,9 +149,14 @@ class Ours:
     @property
     def who(self) -> Contender:
         """What reports say of it."""
-        draft = self.way.draft
-        exit = draft.exit if isinstance(draft, EarlyExit) else None
-        return Contender(self.way.name, exit=exit, draft_tokens=None if draft is None else draft.tokens)
+        draft, exit = self.way.draft, self.way.exit
+        lossy = exit is not None and exit < self.llm.decoder.shape.layers
+        return Contender(
+            self.way.name,
+            mode="lossy" if lossy else "exact",
+            exit=draft.exit if isinstance(draft, EarlyExit) else exit,
+            draft_tokens=None if draft is None else draft.tokens,
+        )
 
     def check(self, prompts: Sequence[Sequence[int]], settings: Settings) -> None:
         """Raises RequestError where the drafter or a prompt cannot be served."""
@@ -184,13 +175,14 @@ class Ours:
             ticks,
             run.total,
             counts=None if self.way.draft is None else run.acceptance,
-            weights_read=self._weights.run(self.way.draft, ticks),
+            weights_read=self._weights.run(self.way, ticks),
         )
 
     def _stream(self, prompts: Sequence[Sequence[int]], settings: Settings) -> Stream:
         return fresh(self.llm, batch=settings.batch).stream(
             prompts,
             draft=self.way.draft,
+            exit=self.way.exit,
             max_tokens=settings.max_tokens,
             stop=settings.stop,
             ignore_eos=settings.ignore_eos,

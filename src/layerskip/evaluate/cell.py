@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from layerskip.evaluate.record import Spread
+from layerskip.llm.completion import Mode
 
 PARTS = ("prompt", "draft", "verify", "rest", "text")
 """Where the seconds of a run go; together they are all of them."""
@@ -66,12 +67,14 @@ class Contender:
     Args:
         name: what reports call it.
         peer: whether somebody else's code decodes.
-        exit: E, where it drafts with its first layers.
+        mode: "exact", or "lossy" where fewer than all layers decide.
+        exit: E, where its first layers draft, or decide.
         draft_tokens: K, where it drafts.
     """
 
     name: str
     peer: bool = False
+    mode: Mode = "exact"
     exit: int | None = None
     draft_tokens: int | None = None
 
@@ -121,7 +124,7 @@ class Cell:
 
     def record(self) -> dict[str, Any]:
         """The same for JSON; plain decoding has no speedup."""
-        values = {**asdict(self.who), "mode": "exact", **{k: v for k, v in vars(self).items() if k != "who"}}
+        values = {**asdict(self.who), **{k: v for k, v in vars(self).items() if k != "who"}}
         if self.speedup is None:
             del values["speedup"]
         return {key: _plain(value) for key, value in values.items()}

@@ -234,9 +234,9 @@ def score(task: Task, texts: Sequence[str]) -> dict[str, dict[str, Score]]:
 def _ways(llm: LLM, *, plain: bool, exits: Sequence[int] | None, draft: Drafter | None) -> list[Way]:
     layers = llm.decoder.shape.layers
     ways = [Way("plain")] if plain else []
-    ways += [Way(f"exit {exit}", exit) for exit in exits or ()]
+    ways += [Way(f"exit {exit}", exit=exit) for exit in exits or ()]
     if draft is not None:
-        ways.append(Way(drafter_name(draft), draft=draft))
+        ways.append(Way(drafter_name(draft), draft))
     if not ways:
         raise RequestError("nothing to evaluate: no plain decoding, no exits and no drafter; ask for one of them")
     for way in ways:

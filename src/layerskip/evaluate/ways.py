@@ -26,13 +26,18 @@ class Way:
 
     Args:
         name: "plain", "exit E", or the drafter, such as "early-exit:3 K=4".
-        exit: layers that decide; None is all of them.
         draft: what drafts, if anything does.
+        exit: layers that decide; None is all of them. Fewer is lossy.
     """
 
     name: str
-    exit: int | None = None
     draft: Drafter | None = None
+    exit: int | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether all layers decide and nothing drafts."""
+        return self.draft is None and self.exit is None
 
     @property
     def key(self) -> str:

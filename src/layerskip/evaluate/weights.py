@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from layerskip.decode.draft import Drafter
 from layerskip.decode.drafters import EarlyExit, Lookup
 from layerskip.evaluate.ticks import Tick
+from layerskip.evaluate.ways import Way
 from layerskip.model.decoder import Decoder
 
 
@@ -38,7 +38,7 @@ class Weights:
             decoder.head.weight.nbytes + sum(parameter.nbytes for parameter in decoder.norm.parameters()),
         )
 
-    def round(self, drafter: Drafter | None, *, drafted: int) -> int | None:
+    def round(self, way: Way, *, drafted: int) -> int | None:
         """Bytes that a round reads.
 
         A verification, like a step of plain decoding, passes over all layers and the head once: after an early exit
@@ -46,7 +46,7 @@ class Weights:
         head; a copied one costs none.
 
         Args:
-            drafter: what drafts; None decodes plainly.
+            way: of decoding.
             drafted: tokens drafted in the row that drafted most.
 
         Returns:
@@ -55,21 +55,21 @@ class Weights:
         Example:
             Four layers of 10 bytes, a head of 7, two tokens drafted with one layer: 47 + 2 x 17.
 
-            >>> Weights((10, 10, 10, 10), 7).round(EarlyExit(1), drafted=2)
+            >>> Weights((10, 10, 10, 10), 7).round(Way("early-exit:1 K=2", EarlyExit(1)), drafted=2)
             81
         """
-        whole = sum(self.layers) + self.head
+        drafter, whole = way.draft, sum(self.layers[: way.exit]) + self.head
         if drafter is None or type(drafter) is Lookup:
             return whole
         if type(drafter) is EarlyExit:
             return whole + drafted * (sum(self.layers[: drafter.exit]) + self.head)
         return None
 
-    def run(self, drafter: Drafter | None, ticks: Sequence[Tick]) -> int | None:
+    def run(self, way: Way, ticks: Sequence[Tick]) -> int | None:
         """Bytes that all rounds of a run read, prompts left out; None where a round's are not known."""
         total = 0
         for tick in ticks:
-            count = None if tick.drafted is None else self.round(drafter, drafted=tick.drafted)
+            count = None if tick.drafted is None else self.round(way, drafted=tick.drafted)
             if count is None:
                 return None
             total += count
