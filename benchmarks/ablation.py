@@ -18,11 +18,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from layerskip.environment import machine, versions
 from layerskip.evaluate.acceptance import best, measure
 from layerskip.evaluate.quality import ALL, evaluate
 from layerskip.evaluate.tasks import Item, Task, score_frame
 from layerskip.llm import LLM, load
-from layerskip.train.provenance import machine, versions
 from layerskip.train.rates import rates
 from layerskip.train.recipe import read_recipe
 from layerskip.train.run import Run
