@@ -8,13 +8,17 @@ UTTERANCES := "set an alarm for 7 am tomorrow and remind me to call mom" \
               "play some jazz from the 60s" \
               "will it rain in Seattle this weekend"
 
+# for `make bench`: sizes that benchmarks/agreement.py makes, "shipped", or folders; and what runs them
+BENCH        ?= 15m 110m 1.2b shipped
+BENCH_PYTHON ?= $(BIN)/python
+
 VENV  := .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow check format clean
+.PHONY: help demo test test-slow bench check format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
@@ -41,6 +45,9 @@ test: $(STAMP) ## run the tests, without the slow ones
 
 test-slow: $(STAMP) ## run every test, the slow ones too
 	$(BIN)/pytest -q -n $(WORKERS) -m "slow or not slow"
+
+bench: $(STAMP) ## measure beside other engines (hours, on a quiet machine); BENCH="15m 110m" chooses the models
+	$(BENCH_PYTHON) -m benchmarks.side_by_side $(BENCH)
 
 check: $(STAMP) ## formatting, lint, types, import rules; changes nothing
 	$(BIN)/ruff format --check .

@@ -1,0 +1,25 @@
+"""The engines that are measured beside each other, each in one file with the interface of `peer.Peer`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from benchmarks.peers.peer import Draft, Peer, PeerRun
+
+__all__ = ["OWN", "PEERS", "Draft", "Peer", "PeerRun", "peer"]
+
+OWN = "layerskip"
+PEERS = (OWN, "transformers", "llama.cpp", "openvino-genai")
+"""By the names that reports use; ours first."""
+
+
+def peer(name: str) -> Peer:
+    """The engine of a name, its package not yet imported."""
+    from benchmarks.peers.llama_cpp import LlamaCpp
+    from benchmarks.peers.openvino import OpenVino
+    from benchmarks.peers.own import Own
+    from benchmarks.peers.transformers import Transformers
+
+    made: dict[str, Callable[[], Peer]]
+    made = dict(zip(PEERS, (Own, Transformers, LlamaCpp, OpenVino), strict=True))
+    return made[name]()

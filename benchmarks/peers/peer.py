@@ -1,0 +1,88 @@
+"""What an engine has to do to be measured: say whether it is here, load a folder, continue a prompt.
+
+Knows token ids and seconds. Does not know engines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Self-speculation with early-exit drafts.
+
+    Args:
+        exit: E, layers that draft.
+        tokens: K, the most tokens of a draft.
+        confidence: stop a draft after a token whose probability is below this; None never stops.
+    """
+
+    exit: int
+    tokens: int
+    confidence: float | None = None
+
+    @property
+    def name(self) -> str:
+        """As reports call it: "early-exit:3 K=4"."""
+        sure = "" if self.confidence is None else f" confidence={self.confidence:g}"
+        return f"early-exit:{self.exit} K={self.tokens}{sure}"
+
+
+@dataclass(frozen=True)
+class PeerRun:
+    """One prompt, continued.
+
+    Args:
+        tokens: new ids.
+        first: seconds until the first of them were there.
+        first_tokens: how many came then.
+        total: seconds until all were.
+        rounds: passes of the whole model, the prompt's included where it brought a token.
+    """
+
+    tokens: list[int]
+    first: float
+    first_tokens: int
+    total: float
+    rounds: int
+
+
+class Peer(Protocol):
+    """An engine, in a process of its own."""
+
+    package: str
+    """That it comes with, as pip knows it."""
+
+    def available(self) -> str | None:
+        """None where it can be used, else the reason why not."""
+        ...
+
+    def prepare(self, folder: Path, *, dtype: str, work: Path) -> bool:
+        """Writes into `work` what it reads instead of the folder's files; False where it is there, or not needed."""
+        ...
+
+    def load(self, folder: Path, *, dtype: str, threads: int, work: Path) -> None:
+        """Loads a checkpoint, or what was prepared of it."""
+        ...
+
+    def drafts(self, *, exit: int, tokens: Sequence[int]) -> list[Draft]:
+        """The ways of self-speculation to try, with so many tokens a draft; none where it cannot."""
+        ...
+
+    def run(self, prompt: Sequence[int], *, new_tokens: int, draft: Draft | None = None) -> PeerRun:
+        """Continues a prompt greedily by exactly so many tokens, past any end of text."""
+        ...
+
+
+def missing(package: str) -> str | None:
+    """Why a package cannot be used: the reason that `available` gives."""
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return f"not installed; pip install {package}"
+    return None
