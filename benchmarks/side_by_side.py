@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 from benchmarks.agreement import RECORD, Wanted, make
-from benchmarks.bandwidth import bandwidth
 from benchmarks.contest import Contest, Way, start
 from benchmarks.figures import summary, versions
 from benchmarks.peers import OWN, PEERS, Draft
@@ -32,6 +31,7 @@ from benchmarks.weights import SIZES
 from benchmarks.worker import PeerFailed
 from layerskip import environment
 from layerskip.errors import LayerSkipError, RequestError
+from layerskip.evaluate.bandwidth import measure_bandwidth
 from layerskip.evaluate.record import read, write
 from layerskip.llm.recommended import recommended
 from layerskip.model.checkpoint import read_config
@@ -130,7 +130,7 @@ def compare(
         while len(record["rounds"]) < settings.pairs:
             number = len(record["rounds"])
             found: dict[str, Any] = {"ways": contest.round(ways, number=number)}
-            found["bandwidth"] = bandwidth(threads=settings.threads)  # here: its buffer is no engine's memory
+            found["bandwidth"] = measure_bandwidth().bytes_per_second  # here: its buffer is no engine's memory
             record["rounds"].append(found)
             record["skipped"] = contest.skipped
             for peer, worker in contest.workers.items():
