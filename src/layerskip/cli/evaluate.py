@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from layerskip.cli.flags import DraftFlags, ModelFlags, ShowFlags, draft_record
 from layerskip.cli.generate import dtype_name
+from layerskip.cli.harness import HarnessFlags, run_harness
 from layerskip.cli.screen import Screen, write_json
 from layerskip.errors import RequestError
 
@@ -38,6 +40,10 @@ class TaskFlags:
     limit: Annotated[
         int | None, typer.Option(metavar="N", help="So many items, spread over all.", show_default=False)
     ] = None
+    shots: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Solved examples before each question; what the task says.", show_default=False),
+    ] = None
 
     def load(self) -> Task:
         """Reads the task. Raises RequestError where one was not named, or its files are missing or malformed."""
@@ -56,6 +62,7 @@ def evaluate(
     *,
     model: ModelFlags,
     task: TaskFlags,
+    harness: HarnessFlags,
     exit: Annotated[
         str | None,
         typer.Option(
@@ -65,6 +72,10 @@ def evaluate(
     draft: DraftFlags,
     batch: Annotated[
         int | None, typer.Option(metavar="N", help="Rows that decode side by side; 16.", show_default=False)
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Also write the record there, for layerskip report.", show_default=False),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object and nothing else.")] = False,
     show: ShowFlags,
@@ -78,6 +89,23 @@ def evaluate(
             "--exit and --draft answer different questions: what lossy exits cost in quality, and whether an exact "
             "drafter changes nothing; use one of them"
         )
+    if harness.used(task=task.task):
+        screen = Screen(no_color=show.no_color)
+        run_harness(
+            harness,
+            model=model,
+            exit=exit,
+            draft=draft,
+            batch=batch,
+            limit=task.limit,
+            shots=task.shots,
+            output=output,
+            json=json,
+            screen=screen,
+        )
+        return
+    if task.shots is not None or output is not None:
+        raise RequestError("--shots and --output are for tasks of lm-evaluation-harness; add --harness NAME")
     questions = task.load()
     llm = model.load()
     from layerskip.evaluate import evaluate
