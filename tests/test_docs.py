@@ -6,6 +6,7 @@ machines and data that are not here: it is read, with the line's keys, and not r
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -57,8 +58,9 @@ def recipes(folder: str = "") -> dict[str, str]:
 
 
 def lay_out(folder: Path) -> None:
-    """Puts the files there that the pages show or speak of: prompts, tasks with their data."""
+    """Puts the files there that the pages show or speak of: prompts, tasks with their data, results."""
     (folder / "prompts.txt").write_text("the cat\nthe dog ran\n")
+    shutil.copytree(ROOT / "tests" / "evaluate" / "records", folder / "results")
     data = (re.finditer(r"^`(\S+\.jsonl)`:\n\n```json\n(.*?)^```$", page.read_text(), re.M | re.S) for page in PAGES)
     shown = {match[1]: match[2] for matches in data for match in matches}
     for name, text in {**recipes("tasks/"), **shown}.items():

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from layerskip import __version__
-from layerskip.cli import chat, evaluate, generate, inspect, train, verify
+from layerskip.cli import chat, evaluate, generate, inspect, report, train, verify
 from layerskip.cli.boundary import Commands, remember_debug
 from layerskip.cli.flags import spread
 
@@ -45,6 +45,7 @@ for _command in (generate.generate, chat.chat, verify.verify, inspect.inspect):
     app.command()(spread(_command))
 app.command("train", context_settings=train.ANY_KEY)(spread(train.train))
 app.command("eval")(spread(evaluate.evaluate))
+app.command()(spread(report.report))
 
 
 def main() -> None:
