@@ -93,6 +93,48 @@ def bubblewrap() -> None:
         pytest.skip(f"needs namespaces: {done.stderr.strip()}")
 
 
+@pytest.fixture(scope="session")
+def local_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with tasks of lm-evaluation-harness over local files: `choice` (multiple choice), `writing` (texts are
+    generated), `reading` (whole texts, one of them long) and the group `both` of the first two."""
+    import json
+    import random
+
+    folder = tmp_path_factory.mktemp("tasks")
+    words = ["the", "cat", "sat", "on", "the", "mat", "and", "the", "dog", "ran", "to", "the", "cat"]
+    draw = random.Random(0)
+
+    def some(least: int, most: int) -> str:
+        return " ".join(draw.choice(words) for _ in range(draw.randint(least, most)))
+
+    rows: dict[str, list[dict[str, Any]]] = {
+        "choice": [
+            {"question": some(2, 9), "choices": [some(3, 9) for _ in range(4)], "answer": draw.randrange(4)}
+            for _ in range(40)
+        ],
+        "writing": [{"question": some(2, 9), "answer": ""} for _ in range(8)],
+        "reading": [{"text": some(5, 30)} for _ in range(3)] + [{"text": some(400, 400)}],
+    }
+    kinds = {
+        "choice": "output_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_choice: '{{choices}}'\n"
+        "doc_to_target: answer\nfewshot_split: test\nmetric_list: [{metric: acc}, {metric: acc_norm}]",
+        "writing": "output_type: generate_until\ndoc_to_text: '{{question}}'\ndoc_to_target: '{{answer}}'\n"
+        "num_fewshot: 0\ngeneration_kwargs: {until: ['g'], max_gen_toks: 12, do_sample: false}\n"
+        "metric_list: [{metric: exact_match}]",
+        "reading": "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
+        "metric_list: [{metric: bits_per_byte}]",
+    }
+    for name, kind in kinds.items():
+        lines = "".join(json.dumps(row) + "\n" for row in rows[name])
+        (folder / f"{name}.jsonl").write_text(lines)
+        (folder / f"{name}.yaml").write_text(
+            f"task: {name}\ndataset_path: json\ntest_split: test\ndataset_kwargs:\n"
+            f"  data_files: {{test: {folder}/{name}.jsonl}}\n  cache_dir: {folder}/cache\n{kind}\n"
+        )
+    (folder / "both.yaml").write_text("group: both\ntask: [choice, writing]\n")
+    return folder
+
+
 # Small enough to run in a moment, odd enough to notice a wrong axis. What a text of 40 tokens must pass: the context
 # that yarn and llama3 stretch from (12), and the sliding windows.
 SIZES: dict[str, Any] = {

@@ -6,6 +6,7 @@ machines and data that are not here: it is read, with the line's keys, and not r
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -49,10 +50,22 @@ def trainings() -> list[tuple[str, str]]:
     return [(where, line) for where, line in lines() if "layerskip train " in line]
 
 
-def recipes() -> dict[str, str]:
-    """The YAML blocks that begin with their file's name, as in `# stories.yaml`."""
-    found = (re.match(r"# (\S+\.yaml)\n", text) for _, text in blocks("yaml"))
+def recipes(folder: str = "") -> dict[str, str]:
+    """The YAML blocks that begin with their file's name, as in `# stories.yaml`; those of a folder, as in
+    `# tasks/colours.yaml`."""
+    found = (re.match(rf"# ({folder}[^/\s]+\.yaml)\n", text) for _, text in blocks("yaml"))
     return {match[1]: match.string for match in found if match}
+
+
+def lay_out(folder: Path) -> None:
+    """Puts the files there that the pages show or speak of: prompts, tasks with their data, results."""
+    (folder / "prompts.txt").write_text("the cat\nthe dog ran\n")
+    shutil.copytree(ROOT / "tests" / "evaluate" / "records", folder / "results")
+    data = (re.finditer(r"^`(\S+\.jsonl)`:\n\n```json\n(.*?)^```$", page.read_text(), re.M | re.S) for page in PAGES)
+    shown = {match[1]: match[2] for matches in data for match in matches}
+    for name, text in {**recipes("tasks/"), **shown}.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
 
 
 @pytest.mark.parametrize(("where", "line"), commands())
@@ -62,7 +75,7 @@ def test_every_command_runs(
     from layerskip.cli import app
 
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "prompts.txt").write_text("the cat\nthe dog ran\n")
+    lay_out(tmp_path)
     arguments = shlex.split(line.replace(PLACEHOLDER, str(tiny_checkpoint)))[1:]
     result = CliRunner().invoke(app, arguments, input="the cat\n")
     assert result.exit_code == 0, result.output
@@ -98,6 +111,7 @@ def test_every_example_runs(
     where: str, text: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    lay_out(tmp_path)
     code = compile(text.replace(PLACEHOLDER, str(tiny_checkpoint)), where, "exec")
     exec(code, {})
 

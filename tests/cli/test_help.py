@@ -9,7 +9,7 @@ import pytest
 import layerskip
 from layerskip.cli import app
 
-COMMANDS = ("generate", "chat", "verify", "inspect", "train", "eval", "bench")
+COMMANDS = ("generate", "chat", "verify", "inspect", "train", "eval", "bench", "report")
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,8 @@ def test_every_option_has_help(command: str) -> None:
 
     parameters = get_command(app).commands[command].params  # type: ignore[attr-defined]
     assert [p.name for p in parameters if not p.help] == []
-    assert {"recipe" if command == "train" else "model", "debug", "no_color"} <= {p.name for p in parameters}
+    subject = {"train": "recipe", "report": "folder"}.get(command, "model")
+    assert {subject, "debug", "no_color"} <= {p.name for p in parameters}
 
 
 OPTIONS = """

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from layerskip.cli.flags import DraftFlags, ModelFlags, ShowFlags, draft_record
+from layerskip.cli.harness import HarnessFlags, run_harness
+from layerskip.cli.questions import TaskFlags, fitting_ones, read_questions
 from layerskip.cli.scores import show_quality
 from layerskip.cli.screen import Screen, write_json
 from layerskip.errors import RequestError
@@ -19,86 +20,11 @@ if TYPE_CHECKING:
     from layerskip.llm import LLM
 
 
-@dataclass(frozen=True)
-class TaskFlags:
-    """What is to be done, and how much of it."""
-
-    task: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="topv2, cnn_dm, xsum, humaneval, mbpp, gsm8k, spec_bench (speed only), lm; required.",
-            show_default=False,
-        ),
-    ] = None
-    data: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH",
-            help="A file, a folder or a pattern; hub for the task's data set there, hub:NAME[:SUBSET][:SPLIT] for "
-            "another; required.",
-            show_default=False,
-        ),
-    ] = None
-    seen: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH",
-            help="What was trained on, a folder being its *_train.tsv (topv2): items not in it are also scored apart.",
-            show_default=False,
-        ),
-    ] = None
-    limit: Annotated[
-        int | None, typer.Option(metavar="N", help="So many items, spread over all.", show_default=False)
-    ] = None
-    shots: Annotated[int, typer.Option(metavar="N", help="Solved examples before each question.")] = 0
-    shots_data: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH",
-            help="Where they are drawn from, as --data; without it, from items that --limit leaves out.",
-            show_default=False,
-        ),
-    ] = None
-    seed: Annotated[int, typer.Option(metavar="S", help="Draws them.")] = 0
-    skip_long: Annotated[
-        bool, typer.Option("--skip-long", help="Leave out items whose prompts do not fit the model's context.")
-    ] = False
-    max_tokens: Annotated[
-        int | None, typer.Option(metavar="N", help="Tokens of a text at most; the task's own.", show_default=False)
-    ] = None
-
-    def load(self) -> Task:
-        """Reads the task.
-
-        Raises:
-            RequestError: a task or its data were not named, are missing or malformed, or too few for the shots.
-        """
-        from layerskip.evaluate import find_task
-
-        if self.task is None:
-            raise RequestError("no task: give --task a name, such as topv2")
-        make = find_task(self.task)
-        if self.data is None:
-            raise RequestError("no data: give --data a file, a folder, a pattern or hub")
-        if self.shots_data is not None and not self.shots:
-            raise RequestError(f"--shots-data {self.shots_data} needs --shots; say how many")
-        whole = make(self.data, seen=self.seen)
-        asked = whole if self.limit is None else whole.limited(self.limit)
-        if self.shots:
-            examples = whole.items if self.shots_data is None else make(self.shots_data).items
-            asked = asked.with_shots(self.shots, examples=examples, seed=self.seed)
-        if self.max_tokens is not None:
-            if self.max_tokens < 1:
-                raise RequestError(f"--max-tokens {self.max_tokens} is not possible; use 1 or more")
-            asked = replace(asked, max_tokens=self.max_tokens)
-        return asked
-
-
 def evaluate(
     *,
     model: ModelFlags,
     task: TaskFlags,
+    harness: HarnessFlags,
     exit: Annotated[
         str | None,
         typer.Option(
@@ -134,16 +60,29 @@ def evaluate(
             "drafter changes nothing; use one of them"
         )
     screen = Screen(no_color=show.no_color)
-    questions = _questions(task, allow=allow_code_execution)
+    if harness.used(task=task.task):
+        run_harness(
+            harness,
+            model=model,
+            exit=exit,
+            draft=draft,
+            batch=batch,
+            limit=task.limit,
+            shots=task.shots,
+            output=output,
+            json=json,
+            screen=screen,
+        )
+        return
+    questions = read_questions(task, allow=allow_code_execution)
     llm = model.load()
     if task.skip_long:
-        questions = _fitting(llm, questions, screen)
+        questions = fitting_ones(llm, questions, screen)
     drafter = draft.drafter(llm)
-    exits = None if exit is None else read_exits(exit, layers=llm.decoder.shape.layers)
     found = _evaluated(
         llm,
         questions,
-        exits=exits,
+        exits=None if exit is None else read_exits(exit, layers=llm.decoder.shape.layers),
         drafter=drafter,
         batch=batch,
         allow=allow_code_execution,
@@ -152,33 +91,18 @@ def evaluate(
     )
     record = _record(llm, found, task, drafted=draft_record(draft, drafter), batch=batch)
     if output is not None:
-        from layerskip.evaluate.record import write
-
-        write(output / f"eval-{questions.name}.json", record)
-        _unfinished(output, questions).unlink(missing_ok=True)
+        _keep(output, questions, record)
     if json:
         write_json(record)
     else:
         show_quality(found, screen)
 
 
-def _questions(task: TaskFlags, *, allow: bool) -> Task:
-    """The task, if its texts can be scored at all: that shall be known before any model is loaded."""
-    questions = task.load()
-    from layerskip.evaluate.quality import check_scorer
+def _keep(output: Path, questions: Task, record: dict[str, Any]) -> None:
+    from layerskip.evaluate.record import write
 
-    check_scorer(questions, allow_code_execution=allow)
-    return questions
-
-
-def _fitting(llm: LLM, questions: Task, screen: Screen) -> Task:
-    from layerskip.evaluate.ways import fitting
-
-    kept = fitting(llm, questions)
-    left_out = len(questions.items) - len(kept.items)
-    if left_out:
-        screen.note(f"{left_out:,} of {len(questions.items):,} items do not fit the model's context and are left out")
-    return kept
+    write(output / f"eval-{questions.name}.json", record)
+    _unfinished(output, questions).unlink(missing_ok=True)
 
 
 def _evaluated(
@@ -226,7 +150,7 @@ def _record(
         "seen": task.seen,
         "limit": task.limit,
         "skip_long": task.skip_long,
-        "shots": task.shots,
+        "shots": task.shots or 0,
         "shots_data": task.shots_data,
         "seed": task.seed,
         "max_tokens": found.task.max_tokens,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -89,6 +90,20 @@ def write(path: Path, record: Mapping[str, Any]) -> None:
         os.replace(unfinished, path)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder for records, and tries to write there: better now than after hours of measuring.
+
+    Raises:
+        StorageError: it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise StorageError(f"cannot write to {folder}: {error.strerror or error}; choose another place") from error
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from layerskip.decode.pool import Pool
 from layerskip.decode.randomness import new_seed, sample_seed
 from layerskip.decode.request import Request, Round
 from layerskip.decode.sampling import Sampling
-from layerskip.decode.scoring import ExitScore, score
+from layerskip.decode.scoring import ExitScore, Pair, score, score_continuations
 from layerskip.decode.text import TextStream
 from layerskip.decode.text import Tokenizer as TextTokenizer
 from layerskip.errors import CapacityError, LayerSkipError, RequestError, check_whole, suggest
@@ -341,6 +341,25 @@ class LLM:
         ids = self.encode(text)
         with self._lock:
             return score(self.decoder, ids, exits=range(1, self.decoder.shape.layers + 1) if exits is None else exits)
+
+    def score_continuations(self, pairs: Sequence[Pair], *, exit: int | None = None) -> list[ExitScore]:
+        """Scores continuations after their contexts, `max_batch` of them side by side.
+
+        Args:
+            pairs: token ids of a context and of what continues it, each.
+            exit: stop after so many layers; None uses all.
+
+        Returns:
+            For each pair the score of its continuation alone.
+
+        Raises:
+            RequestError: an exit outside the model, an empty context or continuation, or a pair that is too long.
+            NumericalError: the model's logits are not finite.
+            CapacityError: the cache does not fit in memory.
+        """
+        exit = self.decoder.shape.layers if exit is None else exit
+        with self._lock:
+            return score_continuations(self.decoder, pairs, exit=exit, rows=self.max_batch)
 
     # -- drafters
 
