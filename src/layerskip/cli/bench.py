@@ -59,6 +59,7 @@ class WayFlags:
 
     def ways(self, llm: LLM) -> list[Way]:
         """Plain decoding, and each drafter with each number of tokens. Raises what `LLM.drafter` raises."""
+        from layerskip.decode.drafters import EarlyExit
         from layerskip.evaluate.bench import Way
         from layerskip.evaluate.contest import PLAIN
 
@@ -68,7 +69,9 @@ class WayFlags:
             for count in counts:
                 drafter = llm.drafter(words, tokens=count, confidence=self.confidence)
                 if drafter is not None:
-                    stops = "" if self.confidence is None else f" P={self.confidence:g}"
+                    # a checkpoint may recommend one
+                    confidence = drafter.confidence if isinstance(drafter, EarlyExit) else self.confidence
+                    stops = "" if confidence is None else f" P={confidence:g}"
                     found.append(Way(label(words, drafter) + stops, drafter))
         if len(found) == 1:
             for name, value in (("--draft-tokens", self.draft_tokens), ("--confidence", self.confidence)):

@@ -50,7 +50,7 @@ class Commands(TyperGroup):
 # what typer's own messages leave unsaid
 _HINTS = {
     "Got unexpected extra argument": "put a prompt of several words in quotes",
-    "No such command": "use generate, chat, verify, inspect, train, eval or bench",
+    "No such command": "use generate, chat, verify, inspect, train, eval, bench or tune",
     "No such option: -m": "options come after the command: layerskip generate -m ...",
 }
 
