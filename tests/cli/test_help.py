@@ -9,11 +9,11 @@ import pytest
 import layerskip
 from layerskip.cli import app
 
-COMMANDS = ("generate", "chat", "verify", "inspect", "train", "eval", "bench", "report")
+COMMANDS = ("generate", "chat", "verify", "inspect", "train", "eval", "bench", "tune", "report")
 
 
 @pytest.mark.parametrize(
-    "words", ["--help", "generate --help", "verify --help", "train --help", "bench --help", "--version"]
+    "words", ["--help", "generate --help", "verify --help", "train --help", "bench --help", "tune --help", "--version"]
 )
 def test_help_imports_nothing_heavy(words: str) -> None:
     code = (

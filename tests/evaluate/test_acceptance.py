@@ -23,10 +23,12 @@ from transformers import (
 
 import layerskip
 from layerskip import LLM, EarlyExit
+from layerskip.decode import guesses
 from layerskip.decode.acceptance import Acceptance
+from layerskip.decode.guesses import guess
 from layerskip.errors import RequestError
 from layerskip.evaluate import Item, Measurement, Task, acceptance, best, callback, measure
-from layerskip.evaluate.acceptance import predict
+from layerskip.evaluate.acceptance import continuations, count, predict, rounds
 from layerskip.evaluate.callback import AcceptanceCallback, default_exits
 
 PROMPTS = ["the cat sat", "the dog", "a"]
@@ -58,6 +60,93 @@ def test_counts_are_those_of_generation(llm: LLM) -> None:
         assert (record["rounds"], record["rate_by_position"]) == (counts.rounds, each.by_position)
         assert record["predicted_speedup"] == each.predicted_speedup
     assert found[0].rate < found[2].rate  # deeper exits know more
+
+
+COUNTS = ("rounds", "drafted", "accepted", "emitted", "drafted_at", "accepted_at", "by_length")
+
+
+def same_as_decoding(llm: LLM, prompts: list[Any], *, max_tokens: int, stop: tuple[str, ...] = ()) -> set[str | None]:
+    """Every exit, several K and thresholds: what is counted is what decoding counts. Returns why the texts ended."""
+    exits = range(1, llm.decoder.shape.layers)
+    found = continuations(llm, prompts, exits=exits, max_tokens=max_tokens, stop=stop, beyond=8)
+    ends: set[str | None] = set()
+    past = 0
+    for exit in exits:
+        for tokens in (1, 3, 9):
+            for confidence in (None, 0.1, 0.6):
+                drafter = EarlyExit(exit, tokens=tokens, confidence=confidence)
+                done = llm.generate(llm.encode_all(prompts), draft=drafter, max_tokens=max_tokens, stop=stop)
+                assert isinstance(done, list)
+                for text, real in zip(found, done, strict=True):
+                    counts = count([text], exit=exit, tokens=tokens, confidence=confidence)
+                    for name in COUNTS:
+                        assert getattr(counts, name) == getattr(real.acceptance, name), (name, drafter.__dict__)
+                    ends.add(real.finish_reason)
+                    past += sum(
+                        drafted > accepted + 1 and confidence is not None
+                        for drafted, accepted, _ in rounds(
+                            text.guesses[exit], most=text.most, tokens=tokens, confidence=confidence
+                        )
+                    )
+    assert past  # drafts went on past a wrong token, by the exit's confidence there
+    return ends
+
+
+def test_counting_is_decoding_on_ragged_prompts(llm: LLM) -> None:
+    prompts = [*PROMPTS, "the mat and the dog ran to the cat on the mat"]
+    for rows in (4, 2):  # side by side, and one taking the place of another
+        batch = LLM(llm.decoder, llm.tokenizer, eos=llm.eos, max_batch=rows)
+        assert same_as_decoding(batch, prompts, max_tokens=21) == {"length"}
+
+
+def test_counting_is_decoding_up_to_the_end_of_a_text(llm: LLM) -> None:
+    plain = llm.generate(llm.encode_all(PROMPTS), max_tokens=40)
+    assert isinstance(plain, list)
+    # ends of several texts at several places, some of them drafted
+    eos = [plain[0].tokens[17], plain[1].tokens[9], plain[2].tokens[30]]
+    ending = LLM(llm.decoder, llm.tokenizer, eos=eos)
+    assert "stop" in same_as_decoding(ending, PROMPTS, max_tokens=40)
+    stop = str(llm.tokenizer.decode(plain[0].tokens[8:10]))
+    assert "stop" in same_as_decoding(llm, PROMPTS, max_tokens=40, stop=(stop,))
+
+
+def test_counting_is_decoding_to_the_end_of_the_context_and_in_windows(
+    llm: LLM, tiny: Any, decoder_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guesses, "BRANCHES", 5)  # wrong places in several parts
+    decoder = decoder_of(tiny("qwen2-mixed", double=True, agree=0.3, max_position_embeddings=48))
+    windowed = LLM(decoder, llm.tokenizer, eos=[3])
+    prompts = [[5, 9, 11], [*range(2, 31)], [40]]
+    assert "length" in same_as_decoding(windowed, prompts, max_tokens=64)
+
+
+def test_guesses_are_those_of_each_exit(llm: LLM) -> None:
+    prompt, text = llm.encode("the cat"), [11, 30, 45, 9]
+    whole = llm.score_exits([*prompt, *text])
+    found = guess(llm.decoder, prompt, text, exits=[1, 4])
+    for each in found:
+        score = whole[each.exit - 1]
+        places = slice(len(prompt) - 1, None)
+        assert each.right == [a == b for a, b in zip(score.predictions[places], text, strict=True)]
+        assert len(each.sure) == len(text) + 1
+        assert each.agreement == sum(each.right) / 4
+        assert each.beyond == {}
+    own = llm.generate([prompt], max_tokens=6)[0].tokens  # type: ignore[index]
+    assert guess(llm.decoder, prompt, own, exits=[4])[0].agreement == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"exits": [5]}, r"^exit 5 is not inside this 4-layer model; use 1\.\.4$"),
+        ({"prompt": []}, r"^guesses need a prompt and a text after it"),
+        ({"text": []}, r"^guesses need a prompt and a text after it"),
+    ],
+)
+def test_what_cannot_be_guessed_is_refused(llm: LLM, changes: dict[str, Any], message: str) -> None:
+    settings: dict[str, Any] = {"prompt": [3], "text": [4], "exits": [1], **changes}
+    with pytest.raises(RequestError, match=message):
+        guess(llm.decoder, settings["prompt"], settings["text"], exits=settings["exits"])
 
 
 def test_prediction_is_the_cost_model_by_hand(llm: LLM) -> None:
@@ -257,5 +346,5 @@ def test_the_exits_tried_by_default_are_inside_the_model() -> None:
 
 
 def test_examples_in_docstrings_run() -> None:
-    assert doctest.testmod(acceptance) == doctest.TestResults(failed=0, attempted=3)
+    assert doctest.testmod(acceptance) == doctest.TestResults(failed=0, attempted=6)
     assert doctest.testmod(callback) == doctest.TestResults(failed=0, attempted=1)

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from layerskip import __version__
-from layerskip.cli import bench, chat, evaluate, generate, inspect, report, train, verify
+from layerskip.cli import bench, chat, evaluate, generate, inspect, report, train, tune, verify
 from layerskip.cli.boundary import Commands, remember_debug
 from layerskip.cli.flags import spread
 
@@ -46,6 +46,7 @@ for _command in (generate.generate, chat.chat, verify.verify, inspect.inspect):
 app.command("train", context_settings=train.ANY_KEY)(spread(train.train))
 app.command("eval")(spread(evaluate.evaluate))
 app.command()(spread(bench.bench))
+app.command()(spread(tune.tune))
 app.command()(spread(report.report))
 
 

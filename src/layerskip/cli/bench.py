@@ -64,6 +64,7 @@ class WayFlags:
     def ways(self, llm: LLM) -> list[Way]:
         """Plain decoding, each exit, and each drafter with each number of tokens. Raises what `LLM.drafter` raises."""
         from layerskip.cli.evaluate import read_exits
+        from layerskip.decode.drafters import EarlyExit
         from layerskip.evaluate.contest import PLAIN
         from layerskip.evaluate.ways import Way
 
@@ -76,7 +77,9 @@ class WayFlags:
             for count in counts:
                 drafter = llm.drafter(words, tokens=count, confidence=self.confidence)
                 if drafter is not None:
-                    stops = "" if self.confidence is None else f" P={self.confidence:g}"
+                    # a checkpoint may recommend one
+                    confidence = drafter.confidence if isinstance(drafter, EarlyExit) else self.confidence
+                    stops = "" if confidence is None else f" P={confidence:g}"
                     found.append(Way(label(words, drafter) + stops, drafter))
         if all(way.draft is None for way in found):
             for name, value in (("--draft-tokens", self.draft_tokens), ("--confidence", self.confidence)):

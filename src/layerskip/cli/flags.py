@@ -228,6 +228,10 @@ def _whole(words: str, drafter: Drafter) -> str:
 
 def draft_record(flags: DraftFlags, drafter: Drafter | None) -> dict[str, Any] | None:
     """The same for JSON."""
+    from layerskip.decode.drafters import EarlyExit
+
     if drafter is None:
         return None
-    return {"drafter": _whole(flags.draft, drafter), "tokens": drafter.tokens, "confidence": flags.confidence}
+    # a checkpoint may recommend one
+    confidence = drafter.confidence if isinstance(drafter, EarlyExit) else flags.confidence
+    return {"drafter": _whole(flags.draft, drafter), "tokens": drafter.tokens, "confidence": confidence}

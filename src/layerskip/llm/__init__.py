@@ -9,12 +9,12 @@ import torch
 from layerskip.errors import RequestError, suggest
 from layerskip.llm.completion import Chunk, Completion, Stream
 from layerskip.llm.model import LLM
-from layerskip.llm.recommended import Recommended, recommended
+from layerskip.llm.recommended import Recommended, recommend, recommended
 from layerskip.llm.tokenizer import end_tokens, load_tokenizer
 from layerskip.model import checkpoint
 from layerskip.pretrained import embedded
 
-__all__ = ["LLM", "Chunk", "Completion", "Recommended", "Stream", "load"]
+__all__ = ["LLM", "Chunk", "Completion", "Recommended", "Stream", "load", "recommend"]
 
 DTYPES = {
     "float64": torch.float64,

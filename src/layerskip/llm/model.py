@@ -401,7 +401,8 @@ class LLM:
         if self.recommended is None:
             raise RequestError(f"{self.name} recommends no exit; write early-exit:3, say")
         count = self.recommended.draft_tokens if tokens is None else tokens
-        return EarlyExit(self.recommended.exit, tokens=count, confidence=confidence)
+        sure = self.recommended.confidence if confidence is None else confidence
+        return EarlyExit(self.recommended.exit, tokens=count, confidence=sure)
 
     def assistant(self, path_or_id: str | Path, *, tokens: int = 4, confidence: float | None = None) -> Assistant:
         """A drafter that runs a second checkpoint of the same tokenizer, in this model's precision and place.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layerskip.errors import CheckpointError
+from layerskip.errors import CheckpointError, StorageError
 from layerskip.model.checkpoint import read_config
 
 
@@ -17,17 +20,19 @@ class Recommended:
     Args:
         exit: E, layers that draft.
         draft_tokens: K.
+        confidence: a draft ends after the first token that the exit is less sure of; None never ends it.
     """
 
     exit: int
     draft_tokens: int
+    confidence: float | None = None
 
 
 def recommended(folder: Path) -> Recommended | None:
     """Reads it; None where a checkpoint recommends nothing.
 
     Raises:
-        CheckpointError: what is there is not an exit and a number of tokens.
+        CheckpointError: what is there is not an exit, a number of tokens and, where there is one, a probability.
     """
     settings = read_config(folder).get("layerskip")
     if settings is None:
@@ -36,7 +41,41 @@ def recommended(folder: Path) -> Recommended | None:
         raise CheckpointError(f"{folder}/config.json: layerskip is {settings!r}; it must be an object, or left out")
     if settings.get("exit") is None and settings.get("draft_tokens") is None:
         return None
-    return Recommended(_count(settings, "exit", folder), _count(settings, "draft_tokens", folder))
+    return Recommended(
+        _count(settings, "exit", folder), _count(settings, "draft_tokens", folder), _confidence(settings, folder)
+    )
+
+
+def recommend(folder: Path, draft: Recommended | None, *, quality: Mapping[str, Any]) -> None:
+    """Writes what a checkpoint recommends into its config.json, whole or not at all; all else there stays.
+
+    Args:
+        folder: the checkpoint.
+        draft: what it recommends from now on; None takes back what it recommended before.
+        quality: figures by exit, added to those that are there.
+
+    Raises:
+        CheckpointError: there is no config.json, or its `layerskip` is not an object.
+        StorageError: it cannot be written; it is as it was.
+    """
+    config = read_config(folder)
+    settings = config.get("layerskip") or {}
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{folder}/config.json: layerskip is {settings!r}; it must be an object, or left out")
+    kept = {key: value for key, value in settings.items() if key not in ("exit", "draft_tokens", "confidence")}
+    if draft is not None:
+        kept |= {"exit": draft.exit, "draft_tokens": draft.draft_tokens}
+        kept |= {} if draft.confidence is None else {"confidence": draft.confidence}
+    kept["quality"] = {**(settings.get("quality") or {}), **quality}
+    path = folder / "config.json"
+    unfinished = path.with_name(path.name + ".unfinished")
+    try:
+        unfinished.write_text(json.dumps({**config, "layerskip": kept}, indent=2) + "\n", encoding="utf-8")
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {path}: {error.strerror or error}; it is as it was: copy the checkpoint to another place"
+        ) from error
 
 
 def _count(settings: dict[str, Any], name: str, folder: Path) -> int:
@@ -46,3 +85,14 @@ def _count(settings: dict[str, Any], name: str, folder: Path) -> int:
             f"{folder}/config.json: layerskip.{name} is {value!r}; it must be a whole number from 1 on"
         )
     return value
+
+
+def _confidence(settings: dict[str, Any], folder: Path) -> float | None:
+    value = settings.get("confidence")
+    if value is None:
+        return None
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= 1:
+        raise CheckpointError(
+            f"{folder}/config.json: layerskip.confidence is {value!r}; it must be a number above 0 and at most 1"
+        )
+    return float(value)

@@ -35,7 +35,7 @@ class EarlyExit:
         check_whole("draft exit", exit)
         if exit < 1:
             raise RequestError(f"draft exit {exit} is not possible; use 1 or more layers")
-        self.exit = exit
+        self.exit, self.confidence = exit, confidence
         self.controller: Controller = controller_for(tokens, confidence=confidence)
 
     @property
