@@ -173,12 +173,17 @@ class Contest:
         names = list(self._runners)
         turn = number % len(names)
         found: dict[str, tuple[Texts, int | None]] = {}
-        for name in names[turn:] + names[:turn]:
-            self._see(Step(name, self.settings.batch, number + 1))
-            gc.collect()  # what the one before left behind is no cost of the next
-            self._memory.reset()
-            texts = self._runners[name].run(self.prompts, self.settings)
-            found[name] = texts, self._memory.peak()
+        gc.collect()
+        gc.freeze()  # what is there by now is not looked through again before every run
+        try:
+            for name in names[turn:] + names[:turn]:
+                self._see(Step(name, self.settings.batch, number + 1))
+                gc.collect()  # what the one before left behind is no cost of the next
+                self._memory.reset()
+                texts = self._runners[name].run(self.prompts, self.settings)
+                found[name] = texts, self._memory.peak()
+        finally:
+            gc.unfreeze()
         plain = found[PLAIN][0].tokens
         return {
             name: measured(found[name][0], plain=None if name == PLAIN else plain, peak_memory=found[name][1])
