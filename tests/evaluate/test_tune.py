@@ -130,8 +130,11 @@ def test_the_best_and_some_others_are_measured() -> None:
     ]
     chosen = choose(all_of_them, 5)
     assert len({each.setting for each in chosen}) == 5
-    # the best of each exit, with and without a threshold, before the second best of any
-    assert [each.setting for each in chosen[:3]] == [Setting(1, 4), Setting(1, 4, 0.1), Setting(2, 4)]
+    # the best and what is as good within a few percent, then the best with a threshold
+    assert [each.setting for each in chosen[:3]] == [Setting(1, 4), Setting(1, 3), Setting(1, 4, 0.1)]
+    # the best of each exit, with and without a threshold, before another one of any
+    best = [each.setting for each in choose(all_of_them, 10)[:6]]
+    assert best == [Setting(1, 4), Setting(1, 3), Setting(1, 5), Setting(1, 2), Setting(1, 4, 0.1), Setting(2, 4)]
     ranked = sorted(all_of_them, key=lambda each: -each.speedup)
     places = [ranked.index(each) / len(ranked) for each in chosen[3:]]
     assert places == pytest.approx([1 / 3, 2 / 3], abs=0.1)

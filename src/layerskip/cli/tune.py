@@ -58,7 +58,7 @@ class TuneFlags:
     batch: Annotated[int, Option(metavar="N", help="Rows that decode side by side.")] = 1
     max_tokens: Annotated[int, Option(metavar="N", help="Tokens of each continuation at most.")] = 64
     repeat: Annotated[int, Option(metavar="N", help="Runs of each setting that is measured.")] = 5
-    measure: Annotated[int, Option(metavar="N", help="Settings that are measured.")] = 5
+    measure: Annotated[int, Option(metavar="N", help="Settings that are measured.")] = 8
     save: Annotated[
         bool, Option("--save", help="Write the recommendation into the checkpoint's config.json.", show_default=False)
     ] = False

@@ -161,15 +161,24 @@ class Prediction:
         return {**asdict(self.setting), "tokens_per_round": self.tokens_per_round, "speedup": self.speedup}
 
 
+_CLOSE = 0.95  # a prediction this near to the best may be the fastest: models of cost err by as much
+
+
 def choose(predictions: Sequence[Prediction], number: int) -> list[Prediction]:
-    """What to measure: three in five are the best, each exit at most once with and once without a threshold as long as
-    there are others; the rest is spread over all that is left, so that predictions are checked everywhere."""
+    """What to measure: three in five are the best, the rest is spread over all that is left, so that predictions are
+    checked everywhere. Of the best, three in five may be settings that are predicted as fast as the best or nearly so;
+    then each exit comes at most once with and once without a threshold, as long as there are others."""
     ranked = sorted(predictions, key=lambda each: -each.speedup)
+    count = _three_in_five(number)
+    close = [each for each in ranked if each.speedup >= _CLOSE * ranked[0].speedup][: _three_in_five(count)]
     heads: dict[tuple[int, bool], Prediction] = {}
     for each in ranked:
         heads.setdefault((each.setting.exit, each.setting.confidence is None), each)
-    order = [*heads.values(), *(each for each in ranked if each not in heads.values())]
-    best = order[: -(-3 * number // 5)]
+    best = list(dict.fromkeys([*close, *heads.values(), *ranked]))[:count]
     left = [each for each in ranked if each not in best]
     spread = min(number - len(best), len(left))
     return best + [left[(i + 1) * len(left) // (spread + 1)] for i in range(spread)]
+
+
+def _three_in_five(number: int) -> int:
+    return -(-3 * number // 5)
