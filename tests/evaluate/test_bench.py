@@ -82,18 +82,18 @@ def run_contest(llm: LLM, ways: Sequence[Way], settings: Settings, *, repeats: i
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("end", ["length", "eos", "ignored eos", "stop"])
 def test_tokens_counted_are_tokens_emitted(llm: LLM, batch: int, end: str) -> None:
-    drafter = script(llm, max_tokens=24)
-    long = alone(llm, max_tokens=24, ignore_eos=True)
-    settings = Settings(batch, 24)
+    drafter = script(llm, max_tokens=14)
+    long = alone(llm, max_tokens=14, ignore_eos=True)
+    settings = Settings(batch, 14)
     if "eos" in end:
         llm.eos = (long[0][7], long[2][11])
         settings = replace(settings, ignore_eos=end == "ignored eos")
     if end == "stop":
         text = str(llm.tokenizer.decode(long[0][:9]))
         settings = replace(settings, stop=(text[-3:],))
-    wanted = alone(llm, max_tokens=24, ignore_eos=settings.ignore_eos, stop=settings.stop)
+    wanted = alone(llm, max_tokens=14, ignore_eos=settings.ignore_eos, stop=settings.stop)
     sizes = [len(tokens) for tokens in wanted]
-    assert (sizes == [24] * 6) == (end in ("length", "ignored eos"))  # else some end sooner: the batch is ragged
+    assert (sizes == [14] * 6) == (end in ("length", "ignored eos"))  # else some end sooner: the batch is ragged
     ways = [Way(PLAIN), Way("script", drafter), Way("early", EarlyExit(1, tokens=3)), Way("lookup", Lookup())]
     runners = [Ours(llm, way) for way in ways]
     for runner in runners:

@@ -212,6 +212,22 @@ def test_more_lines_than_colours_still_differ() -> None:
     assert len(looks) == 12
 
 
+def test_of_many_ways_the_fastest_are_drawn() -> None:
+    record = read("bench")
+    cell = next(cell for cell in record["cells"] if cell.get("speedup"))
+    plain = [cell for cell in record["cells"] if not cell.get("speedup")]
+    median = cell["speedup"]["decode"]["median"]
+    many = []
+    for number in range(30):
+        faster = {"median": median + number, "low": median, "high": median + 30, "runs": [median + number]}
+        many.append({**cell, "name": f"way {number}", "speedup": {"decode": faster, "end_to_end": faster}})
+    record["cells"] = plain + many
+    figure = figures.speedup_by_batch(record)
+    assert figure.get_suptitle().endswith("the 12 fastest of 30")
+    shown = {text.get_text() for text in figure.legends[0].get_texts()} - {"end to end", "plain decoding"}
+    assert shown == {f"way {number}" for number in range(18, 30)}
+
+
 def test_a_record_without_it_has_no_figure() -> None:
     record = read("eval")
     record["curves"] = None

@@ -56,6 +56,17 @@ class Bar:
     end_to_end: tuple[float, float, float] | None
 
 
+def fastest(bars: Sequence[Bar], count: int) -> list[str]:
+    """The names of the ways with the best medians at any batch size, as many as asked for, in the bars' order."""
+    best: dict[str, float] = {}
+    for bar in bars:
+        for spread in (bar.decode, bar.end_to_end):
+            if spread is not None:
+                best[bar.name] = max(best.get(bar.name, 0.0), spread[0])
+    kept = sorted(best, key=lambda name: -best[name])[:count]
+    return [name for name in best if name in kept]
+
+
 @dataclass(frozen=True)
 class Split:
     """Where the seconds of a way of decoding went."""

@@ -59,14 +59,20 @@ def acceptance_by_position(record: Record) -> Figure:
     return _over(record, [charts.acceptance_by_position(record)], "acceptance by position")
 
 
+_BARS = 12  # ways of decoding that a figure has room for; the table beside it has all
+
+
 @_styled
 def speedup_by_batch(record: Record) -> Figure:
     """The speedup of each way over plain decoding at each batch size, of a bench record."""
     bars = charts.speedups(record)
     if not bars:
         raise _nothing("speedup by batch size")
-    figure, [axes] = drawing.canvas("Speedup over plain decoding, by batch size", charts.place(record), height=3.6)
-    names = list(dict.fromkeys(bar.name for bar in bars))
+    names, shown = list(dict.fromkeys(bar.name for bar in bars)), charts.fastest(bars, _BARS)
+    which = "" if len(shown) == len(names) else f", the {len(shown)} fastest of {len(names)}"
+    title = f"Speedup over plain decoding, by batch size{which}"
+    figure, [axes] = drawing.canvas(title, charts.place(record), height=3.6)
+    names, bars = shown, [bar for bar in bars if bar.name in shown]
     batches = sorted({bar.batch for bar in bars})
     width = 0.8 / len(names)
     for bar in bars:
