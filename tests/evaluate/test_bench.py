@@ -15,9 +15,10 @@ from layerskip import LLM, EarlyExit, Lookup
 from layerskip.decode.draft import Draft, Outcome, Rows
 from layerskip.errors import CapacityError, RequestError
 from layerskip.evaluate import contest as contest_module
-from layerskip.evaluate.bench import Ours, bench, cells, encode_prompts
+from layerskip.evaluate.bench import Ours, bench, cells
 from layerskip.evaluate.cell import PARTS, Contender, Measured, cell
 from layerskip.evaluate.contest import PLAIN, Contest, Settings, Step, Texts, measured
+from layerskip.evaluate.prompts import encode_prompts
 from layerskip.evaluate.ticks import Tick
 from layerskip.evaluate.ways import Way
 from layerskip.model import cache as cache_module
@@ -238,7 +239,10 @@ def test_fewer_rows_than_asked_for_is_no_measurement(llm: LLM, monkeypatch: pyte
         ({"repeat": 0}, r"^repeat 0 is not possible; use 1 or more$"),
         ({"max_tokens": 0}, r"^max_tokens 0 is not possible; use 1 or more$"),
         ({"prompts": []}, r"^no prompts; give at least one$"),
-        ({"prompts": ["a", "q" * 300]}, r"^prompt 2 of 2 has 301 tokens; this model's context holds 256, so use at"),
+        (
+            {"prompts": ["a", "q" * 300]},
+            r"^prompt 2 of 2: the prompt has 301 tokens; this model's context holds 256, so use at",
+        ),
         ({"prompts": ["a", "\ud800"]}, r"^prompt 2 of 2: the prompt is not valid text"),
         ({"ways": [Way("x", Lookup()), Way("x", Lookup())]}, r"^x is asked for twice; leave one of them out$"),
         ({"ways": [Way("x", EarlyExit(4))]}, r"^draft exit 4 is not below the 4 layers the model decodes with"),

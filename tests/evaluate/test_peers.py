@@ -10,9 +10,10 @@ import torch
 import layerskip
 from layerskip import LLM, EarlyExit
 from layerskip.errors import CheckpointError, RequestError
-from layerskip.evaluate.bench import Ours, cells, encode_prompts
+from layerskip.evaluate.bench import Ours, cells
 from layerskip.evaluate.contest import PLAIN, Contest, Settings
 from layerskip.evaluate.peers import Clock, Peer, Transformers, check_peers, early_exit, plain
+from layerskip.evaluate.prompts import encode_prompts
 from layerskip.evaluate.ways import Way
 
 PROMPTS = ("the cat sat on the mat and the dog ran", "the", "the dog ran to the cat", "a")

@@ -128,9 +128,9 @@ def bench(*, model: ModelFlags, ways: WayFlags, material: MaterialFlags, run: Ru
     wanted = material.load(model.model)
     from layerskip.cli.benchrun import Plan, measure
     from layerskip.cli.benchtables import show_record
-    from layerskip.evaluate.bench import encode_prompts
     from layerskip.evaluate.contest import Settings, at_least_one
     from layerskip.evaluate.peers import check_peers
+    from layerskip.evaluate.prompts import encode_prompts
 
     check_peers(ways.peers)
     at_least_one("repeat", run.repeat)

@@ -81,8 +81,8 @@ def tune(*, model: ModelFlags, material: MaterialFlags, grid: GridFlags, run: Tu
     wanted = material.load(model.model)
     folder = writable_checkpoint(model.model) if run.save else None
     from layerskip.cli.benchtables import Progress
-    from layerskip.evaluate.bench import encode_prompts
     from layerskip.evaluate.contest import Settings
+    from layerskip.evaluate.prompts import encode_prompts
     from layerskip.evaluate.tune import Tuning
 
     settings = Settings(run.batch, run.max_tokens, wanted.stop)

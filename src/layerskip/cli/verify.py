@@ -58,11 +58,14 @@ def verify(
     """
     texts = None if prompts is None else read_prompts(prompts)
     llm = model.load()
+    from layerskip.evaluate.prompts import encode_prompts
+
     draft = with_default(draft, llm)
     drafter = draft.drafter(llm)
     screen = Screen(no_color=show.no_color)
     results = []
-    for text, ids in encoded(llm, built_in(llm) if texts is None else texts):
+    asked = built_in(llm) if texts is None else texts
+    for text, ids in zip(asked, encode_prompts(llm, asked), strict=True):
         results.append(check(llm, text, ids, drafter=drafter, max_tokens=max_tokens))
         if not json:
             screen.line(results[-1].line(), {"identical": "green", "tie": "yellow"}.get(results[-1].verdict, "red"))
@@ -185,17 +188,6 @@ def with_default(draft: DraftFlags, llm: LLM) -> DraftFlags:
 def built_in(llm: LLM) -> list[str]:
     """A handful of prompts; the empty one too where there is a BOS token to begin with."""
     return [*([] if llm.tokenizer.bos_token_id is None else [""]), *PROMPTS]
-
-
-def encoded(llm: LLM, prompts: Sequence[str]) -> list[tuple[str, list[int]]]:
-    """Every prompt with its tokens. Raises RequestError that says which one will not do."""
-    found = []
-    for number, prompt in enumerate(prompts, 1):
-        try:
-            found.append((prompt, llm.encode(prompt)))
-        except RequestError as error:
-            raise RequestError(f"prompt {number} of {len(prompts)}: {error}") from error
-    return found
 
 
 def check(llm: LLM, prompt: str, ids: list[int], *, drafter: Drafter | None, max_tokens: int) -> Result:

@@ -15,12 +15,11 @@ from layerskip.errors import CapacityError, RequestError
 from layerskip.evaluate.cell import Cell, Contender, Measured, cell
 from layerskip.evaluate.contest import PLAIN, Contest, Settings, Step, Texts, at_least_one
 from layerskip.evaluate.follow import follow, fresh
+from layerskip.evaluate.prompts import Prompt, encode_prompts
 from layerskip.evaluate.ticks import Tick, read_ticks
 from layerskip.evaluate.ways import Way
 from layerskip.evaluate.weights import Weights
 from layerskip.llm import LLM, Chunk, Stream
-
-Prompt = str | Sequence[int]
 
 
 def bench(
@@ -107,31 +106,7 @@ def with_plain(ways: Sequence[Way]) -> list[Way]:
     for way in ways:
         if (way.name == PLAIN) != way.plain:
             raise RequestError(f"{way.name!r} is not possible: plain decoding, and nothing else, is called {PLAIN!r}")
-    return list(ways) if any(way.plain for way in ways) else [Way(PLAIN, None), *ways]
-
-
-def encode_prompts(llm: LLM, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Every prompt's tokens.
-
-    Raises:
-        RequestError: there are none, or one will not do: says which.
-    """
-    if not prompts:
-        raise RequestError("no prompts; give at least one")
-    found = []
-    context = llm.decoder.shape.context
-    for number, prompt in enumerate(prompts, 1):
-        where = f"prompt {number} of {len(prompts)}"
-        try:
-            found.append(llm.encode(prompt))
-        except RequestError as error:
-            raise RequestError(f"{where}: {error}") from error
-        if len(found[-1]) >= context:
-            raise RequestError(
-                f"{where} has {len(found[-1])} tokens; this model's context holds {context}, so use at most "
-                f"{context - 1}"
-            )
-    return found
+    return list(ways) if any(way.plain for way in ways) else [Way(PLAIN), *ways]
 
 
 class Ours:

@@ -16,11 +16,12 @@ from layerskip.decode.draft import Drafter
 from layerskip.errors import RequestError
 from layerskip.evaluate.curves import Point, exit_curves
 from layerskip.evaluate.kept import Kept
+from layerskip.evaluate.prompts import encode_prompts
 from layerskip.evaluate.tasks import Task
-from layerskip.evaluate.ways import ALL, Decoded, Pace, Way, decode, drafter_name, encoded
+from layerskip.evaluate.ways import ALL, Decoded, Pace, Way, decode, drafter_name
 from layerskip.llm import LLM, Completion
 
-__all__ = ["ALL", "Quality", "Result", "Score", "drafted_record", "drafter_name", "encoded", "evaluate", "score"]
+__all__ = ["ALL", "Quality", "Result", "Score", "drafted_record", "drafter_name", "evaluate", "score"]
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ def evaluate(
         return Quality(task, (), exit_curves(llm, [item.prompt for item in task.items], exits=exits))
     ways = _ways(llm, plain=plain, exits=exits, draft=draft)
     check_scorer(task, allow_code_execution=allow_code_execution)
-    prompts = encoded(llm, task)
+    prompts = encode_prompts(llm, [item.prompt for item in task.items], called="item", of=task.name)
     results: list[Result] = []
     for way in ways:
         found = _decoded(llm, task, way, prompts=prompts, batch=batch, kept=kept)

@@ -112,12 +112,17 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         RequestError: there is none, or it is not one.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RequestError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise RequestError(f"{path} is not JSON: {error}") from error
+    content = read_json(path)
     if not isinstance(content, dict) or "kind" not in content:
         raise RequestError(f"{path} is not a record of layerskip; give one that bench, tune or eval wrote")
     return content
+
+
+def read_json(path: Path) -> Any:
+    """What a file of JSON holds. Raises RequestError where it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RequestError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise RequestError(f"{path} is not JSON: {error}; repair it, or move it away") from error

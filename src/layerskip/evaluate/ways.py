@@ -151,24 +151,6 @@ def _part(task: Task, item: Item) -> str:
     return item.groups[0] if task.scorer is None and item.groups else ALL
 
 
-def encoded(llm: LLM, task: Task) -> list[list[int]]:
-    """Every prompt's tokens. Raises RequestError that says which one will not do."""
-    found = []
-    context = llm.decoder.shape.context
-    for number, item in enumerate(task.items, 1):
-        where = f"item {number} of {len(task.items)} of {task.name}"
-        try:
-            found.append(llm.encode(item.prompt))
-        except RequestError as error:
-            raise RequestError(f"{where}: {error}") from error
-        if len(found[-1]) >= context:
-            raise RequestError(
-                f"{where}: the prompt has {len(found[-1])} tokens; this model's context holds {context}, "
-                f"so use at most {context - 1}"
-            )
-    return found
-
-
 def fitting(llm: LLM, task: Task) -> Task:
     """The task without the items whose prompts the context does not hold. Raises RequestError where none is left."""
     if not task.generates:

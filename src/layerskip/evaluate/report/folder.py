@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from layerskip.errors import RequestError, StorageError
+from layerskip.evaluate.record import read_json
 from layerskip.evaluate.report.chapters import Chapter, chapter, shows
 from layerskip.evaluate.report.page import page
 from layerskip.evaluate.report.pictures import write_png
@@ -69,12 +69,7 @@ def read_folder(folder: Path) -> tuple[list[Chapter], list[str]]:
     chapters: list[Chapter] = []
     others: list[str] = []
     for path in sorted(folder.glob("*.json")):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise RequestError(f"cannot read {path}: {error.strerror}") from error
-        except ValueError as error:
-            raise RequestError(f"{path} is not JSON: {error}; repair it, or move it away") from error
+        content = read_json(path)
         if not shows(content):
             others.append(path.name)
             continue
