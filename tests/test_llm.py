@@ -412,8 +412,8 @@ def test_one_failing_row_costs_the_others_nothing(tiny_checkpoint: Path) -> None
 
 
 def test_nan_is_named_when_scoring_too(tiny_checkpoint: Path) -> None:
-    llm = layerskip.load(tiny_checkpoint)
-    llm.decoder.layers[2].up.weight.data[:] = math.nan
+    llm = layerskip.load(tiny_checkpoint, weights="plain")
+    llm.decoder.layers[2].gate_up.up.weight.data[:] = math.nan
     assert math.isfinite(llm.score("the cat sat", exit=2).loss)
     with pytest.raises(NumericalError, match=r"from layer 2 \(of 0\.\.3\) on"):
         llm.score("the cat sat")

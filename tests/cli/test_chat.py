@@ -34,7 +34,7 @@ def test_piped_conversation(run: Any, tiny_checkpoint: Path) -> None:
     assert done.exit_code == 0
     assert done.stdout == "".join(f"{text}\n" for text in answers(tiny_checkpoint, "hello", "the dog"))
     first, second = done.stderr.splitlines()
-    assert re.fullmatch(r"6 tokens \(length\), .*; exact, float32; plain: 6 rounds, .* s", first)
+    assert re.fullmatch(r"6 tokens \(length\), .*; exact, float32, native weights; plain: 6 rounds, .* s", first)
     assert second.startswith("6 tokens (length), ")
 
 

@@ -46,12 +46,12 @@ def test_story_with_drafts_compares_as_identical(run: Any, stories: Path, draft:
     assert done.stdout == STORY + "\n"
     drafted, plain, speedup = done.stderr.splitlines()
     assert re.fullmatch(
-        rf"61 tokens \(length\), {NUMBER} tokens/s decode, {NUMBER} tokens/s with the prompt; exact, float32; "
+        rf"61 tokens \(length\), {NUMBER} tokens/s decode, {NUMBER} tokens/s with the prompt; exact, float32, native weights; "
         rf"{draft} K=\d: \d+ rounds, acceptance {NUMBER}%, {NUMBER} tokens/round, "
         rf"draft {NUMBER} s, verify {NUMBER} s, rest {NUMBER} s",
         drafted,
     )
-    assert re.fullmatch(rf"61 tokens .*; exact, float32; plain: 61 rounds, {NUMBER} s", plain)
+    assert re.fullmatch(rf"61 tokens .*; exact, float32, native weights; plain: 61 rounds, {NUMBER} s", plain)
     assert re.fullmatch(rf"speedup {NUMBER}x over plain decoding \(ratio of decode tokens/s\); identical", speedup)
 
 
@@ -170,8 +170,8 @@ def test_rows_of_a_round_share_its_seconds(run: Any, tiny_checkpoint: Path) -> N
 
 def test_exit_is_called_lossy(run: Any, tiny_checkpoint: Path) -> None:
     arguments = ("generate", "a", "-m", tiny_checkpoint, "--max-tokens", 4, "--exit")
-    assert "; lossy (exit 2 of 3), float32; plain: " in run(*arguments, 2).stderr
-    assert "; exact, float32; plain: " in run(*arguments, 3).stderr
+    assert "; lossy (exit 2 of 3), float32, native weights; plain: " in run(*arguments, 2).stderr
+    assert "; exact, float32, native weights; plain: " in run(*arguments, 3).stderr
     done = parsed(run(*arguments, 2, "--json"))
     assert (done["mode"], done["exit"], done["draft"], done["compare"]) == ("lossy", 2, None, None)
 
@@ -354,7 +354,9 @@ def test_interrupt_keeps_what_was_written(copy: Any) -> None:
     assert process.returncode == 130
     assert len(first) == 20
     assert rest.endswith(b"\n")
-    assert re.fullmatch(rb"\d+ tokens \(interrupted\), .*; exact, float32; plain: \d+ rounds, .* s\n", said)
+    assert re.fullmatch(
+        rb"\d+ tokens \(interrupted\), .*; exact, float32, native weights; plain: \d+ rounds, .* s\n", said
+    )
 
 
 def test_interrupted_json_is_whole(run: Any, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -598,8 +598,8 @@ def until_done(batch: Batch) -> tuple[dict[int, list[int]], dict[int, Exception]
     ("place", "message"),
     [
         ("embedding.weight", "from the embedding on, at position 0 of 9"),
-        ("layers.2.up.weight", r"from layer 2 \(of 0\.\.3\) on, at position 0 of 9"),
-        ("layers.0.key.weight", r"from layer 0 \(of 0\.\.3\) on"),
+        ("layers.2.gate_up.up.weight", r"from layer 2 \(of 0\.\.3\) on, at position 0 of 9"),
+        ("layers.0.query_key_value.key.weight", r"from layer 0 \(of 0\.\.3\) on"),
         (
             "head.weight",
             "logits are not finite though its states after 4 layers are; check the final norm and the head",

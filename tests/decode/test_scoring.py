@@ -83,7 +83,7 @@ def test_what_cannot_be_scored(
 
 def test_nan_is_named(tiny: Callable[..., Any], decoder_of: Callable[[Any], Any]) -> None:
     decoder = decoder_of(tiny("llama"))
-    decoder.layers[2].up.weight.data[:] = torch.nan
+    decoder.layers[2].gate_up.up.weight.data[:] = torch.nan
     assert score_continuations(decoder, PAIRS, exit=2, rows=4)
     with pytest.raises(NumericalError, match=r"from layer 2 \(of 0\.\.3\) on"):
         score_continuations(decoder, PAIRS, exit=4, rows=4)

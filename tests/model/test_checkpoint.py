@@ -154,7 +154,7 @@ def test_tensors_become_a_decoder_without_a_copy() -> None:
         assert (decoder.head.weight is decoder.embedding.weight) is tied
         with torch.no_grad():
             theirs.model.layers[1].mlp.up_proj.weight[0, 0] = 123.0
-        assert decoder.layers[1].up.weight[0, 0] == 123.0
+        assert decoder.layers[1].gate_up.up.weight[0, 0] == 123.0
 
 
 def test_tensors_that_do_not_fit_are_named() -> None:

@@ -13,7 +13,7 @@ import typer
 
 from layerskip.cli.boundary import lines
 from layerskip.cli.flags import DraftFlags, EndFlags, ModelFlags, SamplingFlags, ShowFlags, label
-from layerskip.cli.generate import dtype_name, show_run
+from layerskip.cli.generate import held, show_run
 from layerskip.cli.prompts import decode, without_newline
 from layerskip.cli.screen import Screen
 from layerskip.errors import RequestError, suggest
@@ -102,7 +102,7 @@ class Conversation:
             {"role": "user", "content": message},
             {"role": "assistant", "content": run.completions[0].text},
         ]
-        screen.note(run.line(label=self.label, mode=f"exact, {dtype_name(self.llm)}"))
+        screen.note(run.line(label=self.label, mode=f"exact, {held(self.llm)}"))
         if run.interrupted:
             raise KeyboardInterrupt
 

@@ -77,14 +77,23 @@ class ModelFlags:
         str,
         _model(help="How weights are held: auto (as in the checkpoint), float64, float32, bfloat16, float16."),
     ] = "auto"
+    weights: Annotated[
+        str,
+        _model(help="How weights are stored, all lossless: auto (the fastest), plain, packed (oneDNN), native (own)."),
+    ] = "auto"
     device: Annotated[str, _model(help="auto (a GPU where there is one), cpu, cuda.")] = "auto"
     revision: Annotated[str | None, _model(help="Branch, tag or commit of a hub id.")] = None
 
     def load(self) -> LLM:
         """The model and its tokenizer. Raises what `layerskip.load` raises."""
-        from layerskip.llm import load
+        import typer
 
-        return load(self.model, dtype=self.dtype, device=self.device, revision=self.revision)
+        from layerskip.llm import load
+        from layerskip.model.native import build
+
+        if self.weights in ("auto", "native") and build.is_due():
+            typer.echo("building the kernels for this processor, once; ten to twenty seconds ...", err=True)
+        return load(self.model, dtype=self.dtype, device=self.device, revision=self.revision, weights=self.weights)
 
 
 @dataclass(frozen=True)

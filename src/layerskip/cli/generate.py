@@ -114,10 +114,10 @@ class Task:
 
     @property
     def mode(self) -> str:
-        """Exact or lossy, and the dtype."""
+        """Exact or lossy, and how the weights are held."""
         layers = self.llm.decoder.shape.layers
         lossy = self.exit is not None and self.exit < layers
-        return f"{f'lossy (exit {self.exit} of {layers})' if lossy else 'exact'}, {dtype_name(self.llm)}"
+        return f"{f'lossy (exit {self.exit} of {layers})' if lossy else 'exact'}, {held(self.llm)}"
 
     def record(self, run: Run, draft: dict[str, Any] | None, comparison: Comparison | None) -> dict[str, Any]:
         """All of it, for JSON."""
@@ -125,6 +125,7 @@ class Task:
         return {
             "model": self.llm.name,
             "dtype": dtype_name(self.llm),
+            "weights": self.llm.decoder.layout,
             "device": str(self.llm.decoder.device),
             "mode": run.completions[0].mode,
             "exit": self.exit or self.llm.decoder.shape.layers,
@@ -181,6 +182,11 @@ def _seeded(sampling: Sampling) -> Sampling:
 
 def _seed_note(given: SamplingFlags, used: Sampling) -> str:
     return f"; seed {used.seed}" if used.seed != given.seed else ""
+
+
+def held(llm: LLM) -> str:
+    """How its weights are held, for people."""
+    return f"{dtype_name(llm)}, {llm.decoder.layout} weights"
 
 
 def dtype_name(llm: LLM) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from layerskip.cli.flags import ModelFlags, ShowFlags
-from layerskip.cli.generate import dtype_name
+from layerskip.cli.generate import dtype_name, held
 from layerskip.cli.prompts import File, read_text, text_argument
 from layerskip.cli.screen import Screen, write_json
 
@@ -43,7 +43,7 @@ def inspect(
         write_json(record(llm, costs, scores))
         return
     screen = Screen(no_color=show.no_color)
-    screen.table([("model", llm.name), *shape_rows(llm.decoder.shape), *costs.rows(dtype_name(llm))])
+    screen.table([("model", llm.name), *shape_rows(llm.decoder.shape), *costs.rows(held(llm))])
     parts = llm.decoder.shape.parameters()
     share: list[tuple[str, ...]] = [
         (part, f"{count:,}", f"{count / parts['total']:.1%}") for part, count in parts.items()
@@ -73,15 +73,15 @@ class Costs:
     @classmethod
     def of(cls, decoder: Decoder) -> Costs:
         """Counts them."""
-        row = decoder.shape.width * decoder.dtype.itemsize
-        weights = sum(parameter.nbytes for parameter in decoder.parameters())
-        embedding = 0 if decoder.shape.tied else decoder.embedding.weight.nbytes
+        shape, size = decoder.shape, decoder.dtype.itemsize
+        row, weights = shape.width * size, shape.parameters()["total"] * size
+        embedding = 0 if shape.tied else shape.vocab * row
         return cls(weights, weights - embedding + row, decoder.shape.cache_bytes(1, 1, decoder.dtype.itemsize))
 
-    def rows(self, dtype: str) -> list[tuple[str, str]]:
+    def rows(self, held: str) -> list[tuple[str, str]]:
         """The same as a table."""
         return [
-            ("weights", f"{size(self.weights)} as {dtype}"),
+            ("weights", f"{size(self.weights)} as {held}"),
             (
                 "read per token",
                 f"{size(self.read_per_token)} of weights, {size(self.cache_per_position)} per cached position",
@@ -118,6 +118,7 @@ def record(llm: LLM, costs: Costs, scores: Sequence[ExitScore]) -> dict[str, Any
     return {
         "model": llm.name,
         "dtype": dtype_name(llm),
+        "stored": llm.decoder.layout,
         "device": str(llm.decoder.device),
         "shape": asdict(llm.decoder.shape),
         "parameters": llm.decoder.shape.parameters(),

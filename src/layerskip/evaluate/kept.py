@@ -89,6 +89,7 @@ def identity(llm: LLM, task: Task, **settings: Any) -> dict[str, Any]:
         "layerskip": __version__,
         "model": llm.name,
         "dtype": str(llm.decoder.dtype),
+        "layout": llm.decoder.layout,
         "device": str(llm.decoder.device),
         "weights": weights.hexdigest(),
         "task": task.name,

@@ -248,6 +248,6 @@ def _exit(texts: Sequence[Continuation], exit: int, most: int) -> dict[str, Any]
 def digest(llm: LLM) -> str:
     """A few numbers of every weight, hashed: another training at the same place is another model."""
     found = hashlib.sha256()
-    for parameter in llm.decoder.parameters():
-        found.update(parameter.detach().flatten()[:64].to(torch.float64).cpu().numpy().tobytes())
+    for _, tensor in sorted(llm.decoder.state_dict().items()):
+        found.update(tensor.flatten()[:64].to(torch.float64).cpu().numpy().tobytes())
     return found.hexdigest()[:16]

@@ -16,6 +16,7 @@ from layerskip.decode.drafters import EarlyExit, Lookup
 from layerskip.evaluate.ticks import Tick
 from layerskip.evaluate.ways import Way
 from layerskip.model.decoder import Decoder
+from layerskip.model.pack import stored_bytes
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class Weights:
     def of(cls, decoder: Decoder) -> Weights:
         """Counts them as they are held."""
         return cls(
-            tuple(sum(parameter.nbytes for parameter in layer.parameters()) for layer in decoder.layers),
-            decoder.head.weight.nbytes + sum(parameter.nbytes for parameter in decoder.norm.parameters()),
+            tuple(stored_bytes(layer) for layer in decoder.layers),
+            stored_bytes(decoder.head) + stored_bytes(decoder.norm),
         )
 
     def round(self, way: Way, *, drafted: int) -> int | None:

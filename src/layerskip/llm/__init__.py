@@ -32,6 +32,7 @@ def load(
     revision: str | None = None,
     token: str | None = None,
     max_batch: int = 16,
+    weights: str | None = None,
 ) -> LLM:
     """Loads a Hugging Face checkpoint.
 
@@ -42,14 +43,16 @@ def load(
         revision: of a hub id.
         token: for private and gated hub models.
         max_batch: rows that decode side by side.
+        weights: how they are stored: "plain", "packed" (for oneDNN on the CPU), or None for the faster one. Both hold
+            the checkpoint's numbers.
 
     Raises:
         CheckpointError: it cannot be loaded; names the file and what is wrong with it.
-        RequestError: unknown dtype or device.
+        RequestError: unknown dtype, device or layout, or a layout that they do not allow.
     """
     kind, place = as_dtype(dtype), as_device(device)
     folder = checkpoint.find(embedded() if path_or_id is None else path_or_id, revision=revision, token=token)
-    decoder = checkpoint.load_decoder(folder, dtype=kind, device=place)
+    decoder = checkpoint.load_decoder(folder, dtype=kind, device=place, weights=weights)
     tokenizer = load_tokenizer(folder)
     return LLM(
         decoder,

@@ -419,7 +419,8 @@ class LLM:
                 f"assistant {path_or_id} has another vocabulary: {differing} of {len(mine)} tokens differ from "
                 f"{self.name}'s; use a checkpoint with the same tokenizer"
             )
-        decoder = checkpoint.load_decoder(folder, dtype=self.decoder.dtype, device=self.decoder.device)
+        here = self.decoder
+        decoder = checkpoint.load_decoder(folder, dtype=here.dtype, device=here.device, weights=here.layout)
         return Assistant(decoder, tokens=tokens, confidence=confidence)
 
     def _with_ids(self, draft: Drafter | None) -> Drafter | None:

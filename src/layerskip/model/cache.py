@@ -8,6 +8,7 @@ it is overwritten: nothing is ever trimmed. Sizes: R rows, S slots, G key/value 
 
 from __future__ import annotations
 
+from ctypes import Array, c_void_p
 from pathlib import Path
 
 import torch
@@ -42,6 +43,7 @@ class Cache:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.positions = torch.zeros(0, 0, dtype=torch.long)
+        self._addresses: tuple[Array[c_void_p], Array[c_void_p]] | None = None
         self.grow(rows=rows, slots=slots)
 
     def grow(self, *, rows: int, slots: int) -> None:
@@ -54,6 +56,7 @@ class Cache:
         if (rows, slots) == (self.rows, self.slots):
             return
         self._check_memory(rows, slots)
+        self._addresses = None
         size = (rows, self.shape.kv_heads, slots + 1, self.shape.head_width)
         try:
             for tensors in (self.keys, self.values):
@@ -77,6 +80,7 @@ class Cache:
 
     def shrink(self, *, rows: int) -> None:
         """Holds only its first `rows` rows from now on; 0 gives all memory back."""
+        self._addresses = None
         if rows == 0:
             self.keys, self.values, self.rows, self.slots = [], [], 0, 0
             return
@@ -99,6 +103,16 @@ class Cache:
     def read(self, layer: int, rows: RowIndex, limit: int) -> tuple[Tensor, Tensor]:
         """Keys and values (B, G, limit, H) of slots 0..limit-1."""
         return self.keys[layer][rows, :, :limit], self.values[layer][rows, :, :limit]
+
+    def addresses(self) -> tuple[Array[c_void_p], Array[c_void_p]]:
+        """Where keys and values of every layer begin, for code that takes addresses."""
+        if self._addresses is None:
+            pointers = c_void_p * len(self.keys)
+            self._addresses = (
+                pointers(*(tensor.data_ptr() for tensor in self.keys)),
+                pointers(*(tensor.data_ptr() for tensor in self.values)),
+            )
+        return self._addresses
 
     def copy_prefix(self, source: int, target: int, *, length: int) -> None:
         """Copies slots 0..length-1 of row `source` to row `target`, in every layer."""

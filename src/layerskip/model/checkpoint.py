@@ -6,19 +6,22 @@ model (names.py maps the tensors) and no tokenizer.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from layerskip.errors import CheckpointError, RequestError
 from layerskip.model.decoder import Decoder
 from layerskip.model.names import DTYPES, HEAD, Found, assign, empty_decoder, matched, tied_head_differs
+from layerskip.model.pack import chosen, pack
 from layerskip.model.shape import Shape
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -134,7 +137,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json(path)
 
 
-def load_decoder(folder: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Decoder:
+def load_decoder(
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    weights: str | None = "plain",
+) -> Decoder:
     """The decoder of a checkpoint folder.
 
     Memory peaks at 1.2 times the weights as loaded, also when they are converted: each parameter is allocated
@@ -145,6 +154,7 @@ def load_decoder(folder: Path, *, dtype: torch.dtype | None = None, device: torc
         dtype: element type to hold the weights in; None is the checkpoint's own: what config.json says, else
             the files.
         device: where to hold them.
+        weights: how they are stored, one of `pack.LAYOUTS`; None is the fastest lossless layout.
 
     Returns:
         A decoder that needs no gradients.
@@ -152,7 +162,7 @@ def load_decoder(folder: Path, *, dtype: torch.dtype | None = None, device: torc
     Raises:
         CheckpointError: the configuration is not supported, a file is missing, damaged or not safetensors, or
             a tensor is missing, left over, of the wrong shape, or quantised. Names the file and the tensor.
-        RequestError: weights cannot be held as `dtype`.
+        RequestError: weights cannot be held as `dtype`, or not stored like that.
     """
     config = read_config(folder)
     shape = Shape.from_config(config, source=str(folder / "config.json"))
@@ -163,20 +173,58 @@ def load_decoder(folder: Path, *, dtype: torch.dtype | None = None, device: torc
         dtype = _own_dtype(config, [found[name].dtype for name in names.values()], folder)
     elif dtype not in DTYPES:
         raise RequestError(f"weights cannot be held as {dtype}; use {', '.join(map(str, DTYPES))}")
+    layout = chosen(weights, shape, dtype=dtype, device=torch.device(device))
+    budget = max(MIB, min(_MAPPED, shape.parameters()["total"] * dtype.itemsize // _SHARE))
+    for part, inside in _parts(decoder, names):
+        _fill(decoder, {ours: names[ours] for ours in inside}, found, dtype=dtype, device=device, budget=budget)
+        if part is not decoder:
+            pack(part, layout)  # now, so that what is let go of makes room for the next part
+    decoder.store(layout)
+    if layout != "plain":
+        if shape.tied:  # rows of it are read where they lie: beside the head a copy would be a second one
+            name = names["embedding.weight"]
+            table = _open(Path(found[name].where)).get_tensor(name)
+            decoder.embedding.weight = nn.Parameter(table, requires_grad=False)
+        _give_back()
+    return decoder
+
+
+def _parts(decoder: Decoder, names: Iterable[str]) -> Iterator[tuple[nn.Module, list[str]]]:
+    """What is filled at a time, with the names of its parameters: every layer, then the rest."""
+    rest = list(names)
+    for i, layer in enumerate(decoder.layers):
+        yield layer, [name for name in rest if name.startswith(f"layers.{i}.")]
+    yield decoder, [name for name in rest if not name.startswith("layers.")]
+
+
+def _fill(
+    decoder: Decoder,
+    names: Mapping[str, str],
+    found: Mapping[str, Found],
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    budget: int,
+) -> None:
+    """Reads some parameters (our name -> theirs), at most `budget` bytes of the file being mapped at a time."""
     sinks: dict[str, Callable[[int, Tensor], None]] = {}
-    total = 0
     for ours, theirs in names.items():
         parameter = torch.empty(decoder.get_parameter(ours).shape, dtype=dtype, device=device)
         assign(decoder, ours, parameter)
         sinks[theirs] = _writer(parameter)
-        total += parameter.nbytes
-    if shape.tied and HEAD in found and HEAD not in sinks:
+    if decoder.shape.tied and "embedding.weight" in names and HEAD in found and HEAD not in sinks:
         # Comes last: the embedding must be there to compare with.
         sinks[HEAD] = _comparer(decoder.embedding.weight, found[HEAD].where)
-    budget = max(MIB, min(_MAPPED, total // _SHARE))
     for name, first, piece in _pieces(sinks, found, budget=budget):
         sinks[name](first, piece)
-    return decoder
+
+
+def _give_back() -> None:
+    """Returns what was let go of to the system; the C library would keep as much as half of a small model."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+        if trim is not None:
+            trim(0)
 
 
 def _writer(parameter: Tensor) -> Callable[[int, Tensor], None]:

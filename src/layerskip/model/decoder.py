@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layerskip.model.cache import Cache, RowIndex
+from layerskip.model.native.span import Native
+from layerskip.model.pack import Fan, pack
 from layerskip.model.rope import cos_sin
 from layerskip.model.shape import Shape
 
@@ -34,15 +36,14 @@ class Layer(nn.Module):
         s = shape
         self.shape, self.activation = s, ACTIVATIONS[s.activation]
         self.attention_norm = nn.RMSNorm(s.width, s.eps)
-        self.query = nn.Linear(s.width, s.heads * s.head_width, bias=s.query_key_value_bias)
-        self.key = nn.Linear(s.width, s.kv_heads * s.head_width, bias=s.query_key_value_bias)
-        self.value = nn.Linear(s.width, s.kv_heads * s.head_width, bias=s.query_key_value_bias)
+        shared = s.kv_heads * s.head_width
+        sizes = {"query": s.heads * s.head_width, "key": shared, "value": shared}
+        self.query_key_value = Fan(s.width, sizes, bias=s.query_key_value_bias)
         self.output = nn.Linear(s.heads * s.head_width, s.width, bias=s.output_bias)
         self.query_norm = nn.RMSNorm(s.head_width, s.eps) if s.query_key_norm else None
         self.key_norm = nn.RMSNorm(s.head_width, s.eps) if s.query_key_norm else None
         self.mlp_norm = nn.RMSNorm(s.width, s.eps)
-        self.gate = nn.Linear(s.width, s.ffn_width, bias=s.mlp_bias)
-        self.up = nn.Linear(s.width, s.ffn_width, bias=s.mlp_bias)
+        self.gate_up = Fan(s.width, {"gate": s.ffn_width, "up": s.ffn_width}, bias=s.mlp_bias)
         self.down = nn.Linear(s.ffn_width, s.width, bias=s.mlp_bias)
 
     def forward(
@@ -55,9 +56,7 @@ class Layer(nn.Module):
         """(B, T, D) -> (B, T, D); `remember` stores new keys and values (B, G, T, H) and returns all that is in use."""
         x = self.attention_norm(hidden)
         heads = (-1, self.shape.head_width)
-        query = self.query(x).unflatten(-1, heads)  # (B, T, N, H)
-        key = self.key(x).unflatten(-1, heads)
-        value = self.value(x).unflatten(-1, heads)
+        query, key, value = (part.unflatten(-1, heads) for part in self.query_key_value(x))  # (B, T, N, H)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         query, key = rotate(query.transpose(1, 2), rotation), rotate(key.transpose(1, 2), rotation)
@@ -66,8 +65,8 @@ class Layer(nn.Module):
             query, keys, values, attn_mask=mask, enable_gqa=self.shape.heads != self.shape.kv_heads
         )
         hidden = hidden + self.output(attended.transpose(1, 2).flatten(2))
-        x = self.mlp_norm(hidden)
-        out: Tensor = hidden + self.down(self.activation(self.gate(x)) * self.up(x))
+        gate, up = self.gate_up(self.mlp_norm(hidden))
+        out: Tensor = hidden + self.down(self.activation(gate) * up)
         return out
 
 
@@ -87,7 +86,8 @@ class Decoder(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.layout = shape, "plain"  # of the weights, as `pack` calls it
+        self._native: Native | None = None
         self.embedding = Table(shape.vocab, shape.width)
         self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.layers))
         self.norm = nn.RMSNorm(shape.width, shape.eps)
@@ -106,6 +106,24 @@ class Decoder(nn.Module):
         """Where the weights are."""
         return self.norm.weight.device
 
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """Element type of hidden states."""
+        return self.dtype if self._native is None else torch.float32
+
+    def store(self, layout: str) -> None:
+        """Stores the weights, all of them filled, in `layout`; layers may be stored already."""
+        pack(self, layout)
+        self.layout = layout
+        if layout == "native":
+            self._native = Native(
+                self.shape,
+                layers=self.layers,
+                norm=self.norm,
+                head=self.get_submodule("head"),
+                rotations=self._rotations,
+            )
+
     def cache(self, *, rows: int, slots: int) -> Cache:
         """An empty cache for this model. Raises CapacityError where it does not fit."""
         return Cache(self.shape, rows=rows, slots=slots, dtype=self.dtype, device=self.device)
@@ -113,10 +131,12 @@ class Decoder(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids (B, T) -> (B, T, D)."""
         out: Tensor = self.embedding(tokens)
-        return out
+        return out.to(self.dtype).to(self.state_dtype)  # a table that stayed in its file has the file's
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., D) at any depth -> (..., V), through the one shared norm and head."""
+        if self._native is not None:
+            return self._native.logits(hidden)
         out: Tensor = self.head(self.norm(hidden))
         return out
 
@@ -154,18 +174,23 @@ class Decoder(nn.Module):
             (B, T, D), the state after layer last-1.
         """
         rows = slice(0, hidden.shape[0]) if rows is None else rows
-        at = at.clamp(max=cache.slots)
-        slots = at if slots is None else slots.clamp(max=cache.slots)
+        last = self.shape.layers if last is None else last
         if mask is not None:
             limit = mask.shape[-1]
         elif limit is None:
-            limit = min(int(slots.max()) + 1, cache.slots)
+            limit = int((at if slots is None else slots).max()) + 1
+        limit = min(limit, cache.slots)
         if any(self.shape.windows):
-            cache.place(rows, slots, at)
-        rotation = self._rotation(at, cache.slots + 1)
+            cache.place(rows, (at if slots is None else slots).clamp(max=cache.slots), at.clamp(max=cache.slots))
+        if self._native is not None:
+            return self._native.run(hidden, at, cache, first, last, rows=rows, slots=slots, mask=mask, limit=limit)
+        at = at.clamp(max=cache.slots)
+        slots = at if slots is None else slots.clamp(max=cache.slots)
+        cos, sin = self._rotations(cache.slots + 1)
+        rotation = cos[at][:, None], sin[at][:, None]  # (B, 1, T, H)
         masks = {w: self._mask(at, cache, rows, mask, limit, w) for w in set(self.shape.windows)}
 
-        for i in range(first, self.shape.layers if last is None else last):
+        for i in range(first, last):
 
             def remember(key: Tensor, value: Tensor, i: int = i) -> tuple[Tensor, Tensor]:
                 cache.write(i, rows, slots, key, value)
@@ -174,15 +199,14 @@ class Decoder(nn.Module):
             hidden = self.layers[i](hidden, rotation, masks[self.shape.windows[i]], remember)
         return hidden
 
-    def _rotation(self, at: Tensor, positions: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (B, 1, T, H) of positions `at`, from a table that covers `positions` of them."""
+    def _rotations(self, positions: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (n, H) of positions 0..n-1, n at least `positions`."""
         table = self._table  # read once: another thread may put a table of its own in its place
-        if table is None or table[0].shape[0] < positions or table[0].dtype != self.dtype:
+        if table is None or table[0].shape[0] < positions or table[0].dtype != self.state_dtype:
             steps = torch.arange(positions, device=self.device)
             cos, sin = cos_sin(self.shape.rope, self.shape.head_width, steps)
-            self._table = table = cos.to(self.dtype), sin.to(self.dtype)
-        cos, sin = table
-        return cos[at][:, None], sin[at][:, None]
+            self._table = table = cos.to(self.state_dtype).contiguous(), sin.to(self.state_dtype).contiguous()
+        return table
 
     def _mask(
         self, at: Tensor, cache: Cache, rows: RowIndex, mask: Tensor | None, limit: int, window: int | None

@@ -40,7 +40,7 @@ def tensor_names(shape: Shape) -> dict[str, str]:
     """Our parameter name -> Hugging Face name, for every parameter. A tied head has no name of its own.
 
     Example:
-        tensor_names(shape)["layers.3.query.weight"] == "model.layers.3.self_attn.q_proj.weight"
+        tensor_names(shape)["layers.3.query_key_value.query.weight"] == "model.layers.3.self_attn.q_proj.weight"
     """
     names = {"embedding.weight": EMBEDDING}
     biased = {
@@ -66,15 +66,15 @@ def tensor_names(shape: Shape) -> dict[str, str]:
 
 _LAYER = {
     "attention_norm": "input_layernorm",
-    "query": "self_attn.q_proj",
-    "key": "self_attn.k_proj",
-    "value": "self_attn.v_proj",
+    "query_key_value.query": "self_attn.q_proj",
+    "query_key_value.key": "self_attn.k_proj",
+    "query_key_value.value": "self_attn.v_proj",
     "output": "self_attn.o_proj",
     "query_norm": "self_attn.q_norm",
     "key_norm": "self_attn.k_norm",
     "mlp_norm": "post_attention_layernorm",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
+    "gate_up.gate": "mlp.gate_proj",
+    "gate_up.up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
 

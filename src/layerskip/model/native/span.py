@@ -1,0 +1,153 @@
+"""Hands a decoder's weights, and the positions to run, to the kernels.
+
+Knows the kernels' structs and what lies where in memory; knows no arithmetic. States are float32 here, whatever the
+weights are: between a span and the next nothing is rounded. B rows, T positions, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from ctypes import Structure, byref, c_float, c_int32, c_int64, c_void_p
+
+import torch
+from torch import Tensor, nn
+
+from layerskip.model.cache import Cache, RowIndex
+from layerskip.model.native.blocks import Blocks
+from layerskip.model.native.build import library
+from layerskip.model.shape import Shape
+
+FORMATS = {torch.float32: 0, torch.bfloat16: 1}
+WIDEST_HEAD = 128
+ACTIVATIONS = {"silu": 0, "swish": 0, "relu": 1, "gelu": 2, "gelu_new": 3, "gelu_pytorch_tanh": 3}
+
+
+def _struct(name: str, **fields: type) -> type[Structure]:
+    return type(name, (Structure,), {"_fields_": list(fields.items())})
+
+
+_LINEAR = _struct("Linear", weight=c_void_p, bias=c_void_p, inputs=c_int32, outputs=c_int32)
+_LAYER = _struct(
+    "Layer",
+    **dict.fromkeys(("query_key_value", "output", "gate_up", "down"), _LINEAR),
+    **dict.fromkeys(("attention_norm", "mlp_norm", "query_norm", "key_norm"), c_void_p),
+    window=c_int64,
+)
+_SIZES = ("format", "activation", "width", "heads", "kv_heads", "head_width", "ffn_width", "vocab")
+_MODEL = _struct("Model", **dict.fromkeys(_SIZES, c_int32), eps=c_float)
+_CALL = _struct(
+    "Call",
+    **dict.fromkeys(("rows", "positions", "limit", "threads"), c_int32),
+    first_row=c_int64,
+    **dict.fromkeys(("row", "at", "slots"), c_void_p),
+    spare=c_int64,
+    **dict.fromkeys(("cosines", "sines", "mask", "placed"), c_void_p),
+)
+
+
+class Native:
+    """A decoder's layers and head, run by the kernels.
+
+    Args:
+        shape: sizes of the model.
+        layers: its layers, their linear layers as `Blocks`.
+        norm: the final norm.
+        head: the head.
+        rotations: positions -> cosines and sines (at least so many, H), float32.
+
+    Raises:
+        Unavailable: the kernels cannot be built here.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        *,
+        layers: nn.ModuleList,
+        norm: nn.RMSNorm,
+        head: nn.Module,
+        rotations: Callable[[int], tuple[Tensor, Tensor]],
+    ) -> None:
+        self._library, self._shape, self._rotations = library(), shape, rotations
+        self._kept: list[Tensor] = []  # what the structs point to
+        s = shape
+        sizes = (s.width, s.heads, s.kv_heads, s.head_width, s.ffn_width, s.vocab)
+        assert isinstance(head, Blocks)
+        self._model = _MODEL(FORMATS[head.weight.dtype], ACTIVATIONS[s.activation], *sizes, s.eps)
+        self._layers = (_LAYER * s.layers)(*map(self._layer, layers, s.windows))
+        self._head, self._norm = self._linear(head), self._numbers(norm.weight)
+        self._windowed = any(s.windows)
+
+    def run(
+        self,
+        hidden: Tensor,
+        at: Tensor,
+        cache: Cache,
+        first: int,
+        last: int,
+        *,
+        rows: RowIndex,
+        slots: Tensor | None,
+        mask: Tensor | None,
+        limit: int,
+    ) -> Tensor:
+        """As `Decoder.run`. Positions and slots past the cache are padding; the kernels find them."""
+        hidden = hidden.clone(memory_format=torch.contiguous_format)
+        at, slots = at.contiguous(), None if slots is None else slots.contiguous()
+        mask = None if mask is None else mask.contiguous()
+        cosines, sines = self._rotations(cache.slots + 1)
+        index = None if isinstance(rows, slice) else rows.contiguous()
+        call = _CALL(
+            *hidden.shape[:2],
+            limit,
+            torch.get_num_threads(),
+            rows.start or 0 if isinstance(rows, slice) else 0,
+            _address(index),
+            at.data_ptr(),
+            _address(slots),
+            cache.slots,
+            cosines.data_ptr(),
+            sines.data_ptr(),
+            _address(mask),
+            cache.positions.data_ptr(),
+        )
+        keys, values = cache.addresses()
+        self._library.layerskip_span(
+            byref(self._model), self._layers, first, last, c_void_p(hidden.data_ptr()), byref(call), keys, values
+        )
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V) float32."""
+        hidden = hidden.contiguous()
+        out = torch.empty(*hidden.shape[:-1], self._shape.vocab)
+        self._library.layerskip_predict(
+            byref(self._model),
+            byref(self._head),
+            c_void_p(self._norm),
+            c_void_p(hidden.data_ptr()),
+            hidden.numel() // hidden.shape[-1],
+            c_void_p(out.data_ptr()),
+            torch.get_num_threads(),
+        )
+        return out
+
+    def _layer(self, layer: nn.Module, window: int | None) -> Structure:
+        linears = [self._linear(getattr(layer, name)) for name in ("query_key_value", "output", "gate_up", "down")]
+        norms = [getattr(layer, name) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm")]
+        weights = [None if norm is None else self._numbers(norm.weight) for norm in norms]
+        return _LAYER(*linears, *weights, window or 0)
+
+    def _linear(self, blocks: Blocks) -> Structure:
+        self._kept.append(blocks.weight)
+        bias = None if blocks.bias is None else self._numbers(blocks.bias)
+        return _LINEAR(blocks.weight.data_ptr(), bias, blocks.inputs, blocks.outputs)
+
+    def _numbers(self, tensor: Tensor) -> int:
+        """The address of the same numbers as float32."""
+        self._kept.append(tensor.detach().float().contiguous())
+        return self._kept[-1].data_ptr()
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

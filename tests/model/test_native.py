@@ -1,0 +1,178 @@
+"""The kernels in C++: the same bits however many positions share a call, and what happens where they cannot be."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from layerskip import EarlyExit, Lookup, load
+from layerskip.model.checkpoint import load_decoder
+from layerskip.model.decoder import Decoder
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 101, "hidden_size": 54, "intermediate_size": 75, "num_hidden_layers": 4, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "head_dim": 10, "max_position_embeddings": 128, "initializer_range": 0.2,
+}  # fmt: skip  # nothing fits a vector
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "biases": ("llama", {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"}),
+    "windows": ("mistral", {"sliding_window": 7}),
+    "norms": ("qwen3", {"head_dim": 40, "hidden_act": "relu"}),
+    "odd": ("llama", {"hidden_size": 30, "head_dim": 98, "hidden_act": "gelu_pytorch_tanh"}),
+}
+TOKENS = 30
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    kind, settings = KINDS[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SIZES, **settings}))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def decoder(folder: Path, request: pytest.FixtureRequest) -> Decoder:
+    return load_decoder(folder, dtype=getattr(torch, request.param), weights="native")
+
+
+def tokens(rows: int = 1) -> Tensor:
+    return torch.randint(0, SIZES["vocab_size"], (rows, TOKENS), generator=torch.Generator().manual_seed(1))
+
+
+def score(decoder: Decoder, ids: Tensor, *, pieces: list[int], rows: Tensor | None = None, exit: int = 1) -> Tensor:
+    """Logits of every token, so many at a time, in two spans."""
+    cache = decoder.cache(rows=6, slots=40)
+    found, start = [], 0
+    for count in pieces:
+        at = torch.arange(start, start + count).expand(len(ids), -1)
+        hidden = decoder.run(decoder.embed(ids[:, start : start + count]), at, cache, 0, exit, rows=rows)
+        found.append(decoder.logits(decoder.run(hidden, at, cache, exit, None, rows=rows)))
+        start += count
+    return torch.cat(found, 1)
+
+
+def test_they_compute_what_torch_computes(folder: Path) -> None:
+    plain, native = (load_decoder(folder, dtype=torch.float32, weights=weights) for weights in ("plain", "native"))
+    expected = score(plain, tokens(2), pieces=[TOKENS])
+    torch.testing.assert_close(score(native, tokens(2), pieces=[TOKENS]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_position_has_the_same_bits_however_many_share_its_call(decoder: Decoder) -> None:
+    alone = score(decoder, tokens(), pieces=[1] * TOKENS)
+    for pieces in ([TOKENS], [9, 5, 1, 2, 7, 6], [3, 4, 8, 15], [13, 17]):
+        assert torch.equal(score(decoder, tokens(), pieces=pieces, exit=2), alone), pieces
+
+
+def test_a_row_has_the_same_bits_beside_others(decoder: Decoder) -> None:
+    alone = score(decoder, tokens(4)[2:3], pieces=[TOKENS])
+    beside = score(decoder, tokens(4), pieces=[11, 5, 14], rows=torch.tensor([5, 0, 3, 1]))
+    assert torch.equal(beside[2:3], alone)
+
+
+def test_the_number_of_threads_changes_no_bit(decoder: Decoder) -> None:
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(score(decoder, tokens(), pieces=[20, 5, 5]))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_a_chain_written_as_a_tree_is_the_chain(decoder: Decoder) -> None:
+    cache, ids = decoder.cache(rows=1, slots=40), tokens()
+    decoder.run(decoder.embed(ids[:, :20]), torch.arange(20)[None], cache)
+    at = torch.arange(20, 25)[None]
+    chain = decoder.run(decoder.embed(ids[:, 20:25]), at, cache)
+    slots = torch.tensor([[20, 24, 22, 21, 23]])  # elsewhere than at their positions
+    mask = torch.zeros(1, 5, 25, dtype=torch.bool)
+    mask[..., :20] = True
+    for i in range(5):
+        mask[0, i, slots[0, : i + 1]] = True
+    cache.clear(0, first=20)
+    tree = decoder.run(decoder.embed(ids[:, 20:25]), at, cache, slots=slots, mask=mask)
+    close = 1e-4 if decoder.dtype == torch.float32 else 0.1  # slots are summed in another order
+    torch.testing.assert_close(tree, chain, rtol=close, atol=close)
+
+
+def test_padding_is_written_where_nobody_reads(decoder: Decoder) -> None:
+    cache, ids = decoder.cache(rows=2, slots=10), tokens(2)
+    at = torch.arange(10).expand(2, -1).clone()
+    at[1, 6:] = 99
+    hidden = decoder.run(decoder.embed(ids[:, :10]), at, cache)
+    alone = decoder.run(decoder.embed(ids[1:, :6]), at[1:, :6], decoder.cache(rows=1, slots=10))
+    assert torch.equal(hidden[1, :6], alone[0])
+    assert all(int(keys[1, :, 6:10].count_nonzero()) == 0 for keys in cache.keys)
+
+
+def test_numbers_that_are_not_finite_stay_in_their_row(decoder: Decoder) -> None:
+    cache, ids = decoder.cache(rows=2, slots=10), tokens(2)[:, :6]
+    hidden = decoder.embed(ids)
+    hidden[0, 3] = torch.nan
+    at = torch.arange(6).expand(2, -1)
+    logits = decoder.logits(decoder.run(hidden, at, cache))
+    assert bool(logits[0, :3].isfinite().all())
+    assert bool(logits[0, 3:].isnan().all())
+    assert bool(logits[1].isfinite().all())
+
+
+def test_two_threads_share_one_decoder(decoder: Decoder) -> None:
+    expected = score(decoder, tokens(), pieces=[20, 5, 5])
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: score(decoder, tokens(), pieces=[20, 5, 5]), range(8)))
+    assert all(torch.equal(each, expected) for each in found)
+
+
+def test_bfloat16_text_is_that_of_plain_decoding(tiny_checkpoint: Path) -> None:
+    llm = load(tiny_checkpoint, dtype="bfloat16", weights="native")
+    prompts = ["the cat sat on", "a", "the dog ran to the cat and"]
+    plain = [llm.generate(p, max_tokens=60, ignore_eos=True, logprobs=3) for p in prompts]
+    for draft in (EarlyExit(1, tokens=7), EarlyExit(2, tokens=4), Lookup()):
+        for alone, done in zip(
+            plain, llm.generate(prompts, max_tokens=60, ignore_eos=True, draft=draft, logprobs=3), strict=True
+        ):
+            assert done.tokens == alone.tokens
+            assert done.logprobs == alone.logprobs  # to the bit
+
+
+NO_COMPILER = """
+import sys, torch
+from pathlib import Path
+from layerskip import load
+from layerskip.errors import RequestError
+
+llm = load(sys.argv[1])
+assert llm.decoder.layout == "packed", llm.decoder.layout
+assert llm.generate("the cat", max_tokens=3).tokens
+try:
+    load(sys.argv[1], weights="native")
+except RequestError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(("compiler", "reason"), [("nowhere", "no C++ compiler was found"), ("false", "could not")])
+def test_without_a_compiler_another_layout_serves(
+    compiler: str, reason: str, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "CXX": compiler}
+    environment["XDG_CACHE_HOME"] = str(tmp_path)
+    command = [sys.executable, "-c", NO_COMPILER, str(tiny_checkpoint)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("weights cannot be native: ")
+    assert reason in done.stdout
+    assert not list(tmp_path.rglob("*.so"))
