@@ -46,7 +46,8 @@ def test_story_with_drafts_compares_as_identical(run: Any, stories: Path, draft:
     assert done.stdout == STORY + "\n"
     drafted, plain, speedup = done.stderr.splitlines()
     assert re.fullmatch(
-        rf"61 tokens \(length\), {NUMBER} tokens/s decode, {NUMBER} tokens/s with the prompt; exact, float32, native weights; "
+        rf"61 tokens \(length\), {NUMBER} tokens/s decode, {NUMBER} tokens/s with the prompt; "
+        "exact, float32, native weights; "
         rf"{draft} K=\d: \d+ rounds, acceptance {NUMBER}%, {NUMBER} tokens/round, "
         rf"draft {NUMBER} s, verify {NUMBER} s, rest {NUMBER} s",
         drafted,

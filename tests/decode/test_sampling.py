@@ -13,10 +13,15 @@ from transformers.generation import logits_process as theirs
 
 from layerskip.decode.draft import Draft
 from layerskip.decode.randomness import Purpose, new_seed, sample_seed, uniform
-from layerskip.decode.sampling import Law, Sampling, draw, one_hot
+from layerskip.decode.sampling import Chosen, Law, Laws, Sampling, draw
 from layerskip.errors import RequestError
 
 V = 40
+
+
+def dense(law: Laws) -> Tensor:
+    """Probabilities."""
+    return law.dense(V) if isinstance(law, Chosen) else law
 
 
 def by_transformers(
@@ -44,7 +49,7 @@ def by_transformers(
     for processor in s.processors:
         scores[0] = processor(known[0], scores[0])
     if s.temperature == 0:
-        return one_hot(scores[0])
+        return dense(Chosen.of(scores[0]))
     for warper in (
         theirs.TemperatureLogitsWarper(s.temperature),
         *([theirs.TopKLogitsWarper(s.top_k)] if s.top_k else []),
@@ -116,7 +121,8 @@ def random_logits(seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(4, 5, V, generator=generator, dtype=dtype) * 2.5 + 0.5
 
 
-def check(law: Tensor, draft: Draft, logits: Tensor, samplings: Sequence[Sampling], **how: Any) -> None:
+def check(given: Laws, draft: Draft, logits: Tensor, samplings: Sequence[Sampling], **how: Any) -> None:
+    law = dense(given)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     for row, s in enumerate(samplings):
         for node, prefix in enumerate(prefixes(draft, row)):
@@ -147,7 +153,7 @@ def test_rows_of_a_batch_keep_their_own_settings(draft: Draft) -> None:
         for row in range(4):  # and a row's law is the one it has alone
             alone = Law(samplings[row : row + 1], V, ids=PROMPTS[row : row + 1])
             mine = alone(logits[row : row + 1], draft.tokens[row : row + 1], ancestors)
-            assert torch.equal(mine[0], law[row])
+            assert torch.equal(dense(mine)[0], dense(law)[row])
 
 
 def test_low_precision_logits_give_single_precision_laws() -> None:
@@ -171,7 +177,7 @@ def test_stops_are_banned_up_to_the_floor_drafts_included(sampling: Sampling, dr
     logits[..., [4, 6]] += 6.0  # what would stop is likely
     stops, floors, starts = [[4, 6], [4], [], [6]], [7, 2, 100, 12], [4, 1, 2, 8]
     law = Law([sampling] * 4, V, ids=PROMPTS, stops=stops, floors=floors)
-    out = law(logits, draft.tokens, draft.ancestors())
+    out = dense(law(logits, draft.tokens, draft.ancestors()))
     check(out, draft, logits, [sampling] * 4, prompt=starts, floor=floors, stops=stops)
     assert out[0, 0, 4] == 0
     assert out[0, -1, [4, 6]].sum() > 0 or draft is TREE
@@ -227,12 +233,12 @@ def test_a_tiny_temperature_is_greedy(temperature: float, dtype: torch.dtype) ->
         samplings = [Sampling(temperature=temperature, **extra)] * 4
         logits = random_logits(0, dtype) * 30
         law = Law(samplings, V, ids=PROMPTS)(logits, CHAIN.tokens, CHAIN.ancestors())
-        assert torch.equal(law, one_hot(logits))
+        assert torch.equal(law, dense(Chosen.of(logits)).to(dtype))
 
 
 def test_greedy_takes_the_first_of_equals() -> None:
     logits = torch.tensor([0.0, 2.0, 2.0, 1.0])
-    assert one_hot(logits).tolist() == [0, 1, 0, 0]
+    assert Chosen.of(logits).dense(4).tolist() == [0, 1, 0, 0]
     assert int(logits.argmax()) == 1  # what transformers does
 
 
@@ -246,7 +252,7 @@ def test_without_a_law_there_is_nan_and_not_a_token(sampling: Sampling, broken: 
     else:
         logits[0, 0, 7] = broken
     law = Law([sampling] * 2, V, ids=PROMPTS[:2])
-    out = law(logits, torch.zeros(2, 0, dtype=torch.long), torch.zeros(1, 0).bool())
+    out = dense(law(logits, torch.zeros(2, 0, dtype=torch.long), torch.zeros(1, 0).bool()))
     assert out[0].sum().isnan()
     torch.testing.assert_close(out[1].sum(), torch.tensor(1.0))
 

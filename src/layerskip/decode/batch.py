@@ -28,7 +28,7 @@ from layerskip.decode.pool import Pool
 from layerskip.decode.prefill import row_index
 from layerskip.decode.randomness import Purpose
 from layerskip.decode.request import Request, Round, Seconds, cut
-from layerskip.decode.sampling import Law
+from layerskip.decode.sampling import Chosen, Law, Laws
 from layerskip.decode.tree import node_depths, tree_mask
 from layerskip.decode.verify import Uniforms, Verdict, verify_chain, verify_tree
 from layerskip.errors import LayerSkipError, RequestError, check_whole
@@ -41,7 +41,7 @@ class _Scored:
 
     hidden: Tensor
     logits: Tensor
-    target: Tensor
+    target: Laws
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ class Batch:
         logits = self.decoder.logits(hidden)
         return _Scored(hidden, logits, rows.law(logits, draft.tokens, ancestors))
 
-    def _verify(self, rows: Rows, draft: Draft, target: Tensor) -> Verdict:
+    def _verify(self, rows: Rows, draft: Draft, target: Laws) -> Verdict:
         drafted = draft.tokens.shape[1]
         uniforms = Uniforms(
             token=rows.uniform(Purpose.TOKEN, drafted + 1),
@@ -267,7 +267,8 @@ class Batch:
     def _read(self, draft: Draft, scored: _Scored, verdict: Verdict) -> list[_Found]:
         """Brings a verdict to the host: once a round, the loop waits for the device here."""
         kept = draft.tokens.gather(1, verdict.path) if draft.tokens.shape[1] else draft.tokens
-        broken = scored.target.sum(-1).isnan()  # (B, K + 1): NaN logits, or a law with nothing left in it
+        target = scored.target  # (B, K + 1): NaN logits, or a law with nothing left in it
+        broken = target.broken if isinstance(target, Chosen) else target.sum(-1).isnan()
         table = torch.cat((verdict.accepted[:, None], verdict.token[:, None], verdict.path, kept, broken), 1).tolist()
         width, found = verdict.path.shape[1], []
         for b, (accepted, token, *rest) in enumerate(table):

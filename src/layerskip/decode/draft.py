@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from layerskip.decode.randomness import Purpose, uniform
-from layerskip.decode.sampling import Law
+from layerskip.decode.sampling import Law, Laws
 from layerskip.decode.tree import ancestors
 from layerskip.model.cache import Cache, RowIndex
 from layerskip.model.decoder import Decoder
@@ -147,14 +147,14 @@ class Outcome:
     """A verified draft.
 
     Args:
-        target: (B, K + 1, V) the target law at every node.
+        target: (B, K + 1, V) the target law at every node, or the tokens it chooses.
         hidden: (B, K + 1, D) the target's last states at every node.
         accepted: per row, how many drafted tokens were kept.
         path: per row, the drafted tokens kept, as indices into the draft, in order.
         emitted: per row, the tokens the row gained: the kept ones and one more, cut at a stop.
     """
 
-    target: Tensor
+    target: Laws
     hidden: Tensor
     accepted: list[int]
     path: list[list[int]]

@@ -86,6 +86,34 @@ class Sampling:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """Laws with all probability on one token each, held as those tokens: what temperature 0 leaves.
+
+    Args:
+        tokens: (B, T).
+        broken: (B, T) bool, where the largest logit is not finite: no law is there.
+    """
+
+    tokens: Tensor
+    broken: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor) -> Chosen:
+        """The first of the largest logits (B, T, V) at each place."""
+        largest, tokens = logits.max(-1)
+        return cls(tokens, ~largest.isfinite())
+
+    def dense(self, vocab: int) -> Tensor:
+        """The same laws as (B, T, V) probabilities; where there is none its place holds NaN."""
+        ones = torch.where(self.broken, torch.nan, 1.0)[..., None]
+        return torch.zeros(*self.tokens.shape, vocab, device=ones.device).scatter_(-1, self.tokens[..., None], ones)
+
+
+Laws = Tensor | Chosen
+"""Probabilities (B, T, V), or the tokens that have all of them."""
+
+
 class Law:
     """The target laws of a batch's rows: what each next token is drawn from, given its prefix.
 
@@ -123,7 +151,7 @@ class Law:
         self._processed = any(s.processors for s in self.samplings)
         self._cuts = any(s.temperature and (s.top_k or s.top_p < 1 or s.min_p) for s in self.samplings)
 
-    def __call__(self, logits: Tensor, drafted: Tensor, ancestors: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor, drafted: Tensor, ancestors: Tensor) -> Laws:
         """The laws at T prefixes of every row.
 
         Args:
@@ -132,7 +160,7 @@ class Law:
             ancestors: (T, K) or (B, T, K) bool: which drafted tokens belong to the prefix of each position.
 
         Returns:
-            (B, T, V) probabilities, float32 (float64 for float64 logits).
+            (B, T, V) probabilities, float32 (float64 for float64 logits); `Chosen` where every row is greedy.
 
         Example:
             >>> law = Law([Sampling(temperature=1.0, frequency_penalty=1000.0)], 3, ids=[[0]])
@@ -153,7 +181,7 @@ class Law:
         if self._processed:
             logits = self._process(logits, drafted, ancestors)
         if self.greedy:
-            return one_hot(logits)
+            return Chosen.of(logits)
         return self._shape(logits)
 
     def extend(self, emitted: Sequence[Sequence[int]]) -> None:
@@ -223,7 +251,7 @@ class Law:
             scores = self._cut(scores)
         law = scores.softmax(-1)
         if any(s.temperature < 1e-30 for s in self.samplings):  # far below float32's range it is 0 as well
-            law = torch.where(temperature > 0, law, one_hot(logits))
+            law = torch.where(temperature > 0, law, Chosen.of(logits).dense(self.vocab).to(law.dtype))
         return law
 
     def _cut(self, scores: Tensor) -> Tensor:
@@ -242,22 +270,11 @@ class Law:
         return torch.empty_like(scores).scatter_(-1, order, ordered)
 
 
-def one_hot(logits: Tensor) -> Tensor:
-    """The law of temperature 0: all probability on the first of the largest logits, (..., V).
-
-    Where the largest logit is not finite there is no law: its place holds NaN, as at every other temperature.
-    """
-    largest, token = logits.max(-1, keepdim=True)
-    return torch.zeros_like(logits).scatter_(
-        -1, token, torch.where(largest.isfinite(), 1.0, torch.nan).to(logits.dtype)
-    )
-
-
-def draw(law: Tensor, uniform: Tensor) -> Tensor:
+def draw(law: Laws, uniform: Tensor) -> Tensor:
     """Draws a token from each law by inverting its cumulative distribution.
 
     Args:
-        law: (..., V) non-negative weights; they need not sum to one.
+        law: (..., V) non-negative weights; they need not sum to one. `Chosen` laws give their tokens.
         uniform: (...) numbers in [0, 1).
 
     Returns:
@@ -267,6 +284,8 @@ def draw(law: Tensor, uniform: Tensor) -> Tensor:
         >>> draw(torch.tensor([0.0, 0.25, 0.0, 0.75]), torch.tensor(0.3))
         tensor(3)
     """
+    if isinstance(law, Chosen):
+        return law.tokens
     sums = law.cumsum(-1)
     target = uniform[..., None].to(sums.dtype) * sums[..., -1:]
     # rounding may lift the target to the total itself; the first slot that reaches the total has weight

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from layerskip.decode.sampling import draw
+from layerskip.decode.sampling import Chosen, Laws, draw
 from layerskip.decode.tree import node_depths
 
 
@@ -53,7 +53,7 @@ class Uniforms:
 
 
 def verify_chain(
-    target: Tensor,
+    target: Laws,
     tokens: Tensor,
     *,
     uniforms: Uniforms,
@@ -63,7 +63,7 @@ def verify_chain(
     """Verifies a chain of drafted tokens; what comes out has exactly the law `target`.
 
     Args:
-        target: (B, K + 1, V) the target law after each node.
+        target: (B, K + 1, V) the target law after each node, or the tokens it chooses.
         tokens: (B, K) drafted tokens.
         uniforms: the random numbers to use.
         proposals: per position the (B, V) law the token was drawn from, or None where it was chosen; None for all.
@@ -80,11 +80,13 @@ def verify_chain(
     rows, count = tokens.shape
     own = draw(target, uniforms.token)
     keep = own[:, :count] == tokens
-    drawn = [i for i, q in enumerate(proposals or ()) if q is not None]
-    q = torch.zeros_like(target)
-    for i in drawn:
-        q[:, i] = proposals[i]  # type: ignore[index, assignment]  # drawn lists only positions that have a law
+    laws = {i: q for i, q in enumerate(proposals or ()) if q is not None}
+    drawn = list(laws)
     if drawn:
+        target = target.dense(laws[drawn[0]].shape[-1]) if isinstance(target, Chosen) else target
+        q = torch.zeros_like(target)
+        for i in drawn:
+            q[:, i] = laws[i]
         chosen = tokens[..., None]
         p_token = target[:, :count].gather(-1, chosen)[..., 0]
         q_token = q[:, :count].gather(-1, chosen)[..., 0]
@@ -94,6 +96,7 @@ def verify_chain(
     accepted = keep.long().cumprod(-1).sum(-1)
     token = own.gather(1, accepted[:, None])[:, 0]
     if drawn:
+        assert isinstance(target, Tensor)
         # a drawn token was turned down here: not the end of the row's draft, and not a chosen token
         was_drawn = torch.zeros(count + 1, dtype=torch.bool, device=tokens.device)
         was_drawn[drawn] = True
@@ -109,7 +112,7 @@ def verify_chain(
     return Verdict(accepted, path, token)
 
 
-def verify_tree(target: Tensor, tokens: Tensor, parents: Tensor, *, depth: int, uniforms: Uniforms) -> Verdict:
+def verify_tree(target: Laws, tokens: Tensor, parents: Tensor, *, depth: int, uniforms: Uniforms) -> Verdict:
     """Verifies a tree of chosen tokens by sample-and-match: draw from the law at a node, descend if the draw is a
     child.
 
@@ -117,7 +120,7 @@ def verify_tree(target: Tensor, tokens: Tensor, parents: Tensor, *, depth: int, 
     of plain decoding, whatever the tree.
 
     Args:
-        target: (B, K + 1, V) the target law after each node.
+        target: (B, K + 1, V) the target law after each node, or the tokens it chooses.
         tokens: (B, K) drafted tokens.
         parents: (K,) the parent node of each.
         depth: the most tokens on a path.

@@ -39,10 +39,11 @@ def draw_chain(rows: Rows, tokens: int, controller: Controller, *, step: Callabl
     for i in range(count):
         logits = step(token, i)
         known = torch.ones(1, i, dtype=torch.bool, device=token.device)
-        law = rows.law(logits, drafted, known)[:, 0]
-        token = draw(law, numbers[:, i])[:, None]
+        law = rows.law(logits, drafted, known)  # (B, 1, V)
+        token = draw(law, numbers[:, i : i + 1])
         drafted = torch.cat((drafted, token), 1)
-        proposals.append(law)
+        if isinstance(law, Tensor):
+            proposals.append(law[:, 0])
         if lengths is not None:
             unsure = controller.stop(logits[:, 0].float().softmax(-1).amax(-1))
             lengths = torch.where(unsure, lengths.clamp(max=i + 1), lengths)
