@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PUBLIC = {
     "LLM",
     "Assistant",
+    "Auto",
     "CapacityError",
+    "Cascade",
     "CheckpointError",
     "Chunk",
     "Completion",

@@ -1,4 +1,4 @@
-"""model.generate(custom_generate=layerskip.hf.generate): what transformers would return, in fewer passes."""
+"""model.generate(custom_generate=hf.generate): what transformers would return, in fewer passes."""
 
 import copy
 import functools
@@ -1013,3 +1013,12 @@ def test_importing_layerskip_does_not_import_this() -> None:
     code = "import sys, layerskip; print('layerskip.hf' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_auto_gives_the_text_of_transformers(model: Any) -> None:
+    ids = torch.tensor([[5, 9, 4, 7]])
+    expected = model.generate(ids, max_new_tokens=20, do_sample=False)
+    found = model.generate(ids, max_new_tokens=20, do_sample=False, custom_generate=hf.generate, draft="auto")
+    assert found.tolist() == expected.tolist()
+    with pytest.raises(RequestError, match="draft 'autom' is not a drafter; use draft_exit, 'auto', or one such as"):
+        model.generate(ids, custom_generate=hf.generate, draft="autom")

@@ -11,7 +11,9 @@ __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "Assistant",
+    "Auto",
     "CapacityError",
+    "Cascade",
     "CheckpointError",
     "Chunk",
     "Completion",
@@ -31,7 +33,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from layerskip.decode.draft import Drafter
-    from layerskip.decode.drafters import Assistant, EarlyExit, Lookup
+    from layerskip.decode.drafters import Assistant, Auto, Cascade, EarlyExit, Lookup
     from layerskip.decode.logprobs import TokenLogprob
     from layerskip.decode.sampling import Sampling
     from layerskip.decode.scoring import ExitScore
@@ -50,6 +52,8 @@ else:
         "ExitScore": "layerskip.decode.scoring",
         "TokenLogprob": "layerskip.decode.logprobs",
         "Assistant": "layerskip.decode.drafters",
+        "Auto": "layerskip.decode.drafters",
+        "Cascade": "layerskip.decode.drafters",
         "EarlyExit": "layerskip.decode.drafters",
         "Lookup": "layerskip.decode.drafters",
         "CapacityError": "layerskip.errors",

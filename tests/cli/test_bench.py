@@ -222,7 +222,7 @@ def refused(result: Any, status: int, *parts: str) -> None:
         (["--draft", "early-exit"], "recommends no exit; write early-exit:3, say"),
         ([], "recommends no exit; write early-exit:3, say"),
         (["--draft", "early-exit:3"], "draft exit 3 is not below the 3 layers the model decodes with; use 1..2"),
-        (["--draft", "early"], "unknown drafter 'early'; use none, early-exit"),
+        (["--draft", "early"], "unknown drafter 'early'; use auto, none, early-exit"),
         (["--draft", "lookup", "--draft-tokens", "2;3"], "--draft-tokens 2;3 is not possible; use whole numbers such"),
         (["--draft", "lookup", "--draft-tokens", "0"], "drafting 0 tokens a round is not possible"),
         (["--draft", "none", "--draft-tokens", "2"], "--draft-tokens 2 needs a drafter; add --draft early-exit:E, say"),

@@ -42,7 +42,7 @@ def refused(result: Any, status: int, *parts: str) -> None:
         (["--confidence", "0.5"], ["--confidence 0.5 needs a drafter; add --draft"]),
         (["--draft", "lookup", "--confidence", "0.5"], ["lookup copies and has no confidence; leave it out"]),
         (["--draft", "early-exit:1", "--confidence", "2"], ["confidence 2.0 is not allowed", "at most 1"]),
-        (["--draft", "early_exit:1"], ["unknown drafter 'early_exit'; use none,", "did you mean 'early-exit'?"]),
+        (["--draft", "early_exit:1"], ["unknown drafter 'early_exit'; use auto, none,", "did you mean 'early-exit'?"]),
         (["--draft", "lookup:3"], ["lookup takes nothing after it, not '3'"]),
         (["--draft", "assistant"], ["assistant needs a checkpoint; write assistant:PATH"]),
         (["--compare"], ["--compare sets a drafter against plain decoding; add --draft"]),

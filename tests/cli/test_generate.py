@@ -407,3 +407,79 @@ def test_statistics_are_dim_on_a_terminal_and_plain_where_asked(
         terminal.flush()
     assert os.read(master, 100).decode() == ("61 tokens\r\n" if no_color else "\x1b[2m61 tokens\x1b[0m\r\n")
     os.close(master)
+
+
+# -- drafts that choose
+
+
+def recommending(copy: Any) -> Path:
+    folder: Path = copy("recommending", layerskip={"exit": 1, "draft_tokens": 3, "quality": {"agreement/1": 0.4}})
+    return folder
+
+
+CHOSE = re.compile(rf"auto: (early-exit:\d K={NUMBER}|lookup K={NUMBER}|plain) in \d+% of rounds.*; choosing took .*%")
+
+
+def test_auto_is_the_default_where_an_exit_is_recommended(run: Any, copy: Any, tiny_checkpoint: Path) -> None:
+    folder = recommending(copy)
+    expected = layerskip.load(folder).generate("the dog", max_tokens=20).text + "\n"
+    done = run("generate", "the dog", "-m", folder, "--max-tokens", 20, "--compare")
+    assert done.stdout == expected
+    drafted, chose, plain, speedup = done.stderr.splitlines()
+    assert "; auto: " in drafted
+    assert CHOSE.fullmatch(chose), chose
+    assert plain.endswith(" s")
+    assert speedup.endswith("identical")
+    for words, draft in (([folder, "--draft", "none"], "plain"), ([folder, "--exit", 2], "plain")):
+        [line] = run("generate", "the dog", "-m", *words, "--max-tokens", 5).stderr.splitlines()
+        assert f"; {draft}: " in line
+    [line] = run("generate", "the dog", "-m", tiny_checkpoint, "--max-tokens", 5).stderr.splitlines()
+    assert "; plain: " in line
+
+
+def test_auto_repeats_with_a_seed(run: Any, copy: Any) -> None:
+    """What it chooses depends on the clock, the text does not; so a seed that was told repeats it."""
+    arguments = ("generate", "the dog", "-m", recommending(copy), "--temperature", 0.9, "--seed", 3, "--max-tokens", 20)
+    texts = {run(*arguments, "--draft", draft).stdout for draft in ("none", "auto", "auto")}
+    assert len(texts) == 1
+    done = parsed(run(*arguments, "--compare", "--json"))
+    assert done["compare"]["identical"] is True
+    assert done["draft"]["drafter"] == "auto"
+    chosen = done["draft"]["chosen"]["rounds"].values()  # of this text, not of the warm-up
+    assert sum(count["rounds"] for count in chosen) == done["acceptance"]["num_spec_steps"]
+
+
+@pytest.mark.parametrize("draft", ["early-exit:1", "cascade:1", "early-exit", "cascade"])
+@pytest.mark.parametrize("length", ["gain", "thompson"])
+def test_draft_lengths_are_found(run: Any, copy: Any, draft: str, length: str) -> None:
+    folder = recommending(copy)
+    done = run("generate", "the dog", "-m", folder, "--draft", draft, "--draft-length", length, "--max-tokens", 12)
+    assert done.stdout == layerskip.load(folder).generate("the dog", max_tokens=12).text + "\n"
+    name = draft if ":" in draft else f"{draft}:1"
+    assert f"; {name} K=16" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--draft", "auto:3"], "auto takes nothing after it, not '3'; write auto"),
+        (["--draft", "auto", "--confidence", "0.5"], "auto finds by itself where to exit and how long to draft"),
+        (["--draft", "lookup", "--draft-length", "gain"], "lookup copies and has no draft length; leave it out"),
+        (["--draft", "cascade"], "recommends no exit; write cascade:3, say"),
+        (["--draft", "cascade:x"], "cascade needs a number of layers, not 'x'; write cascade:3, say"),
+        (
+            ["--draft", "early-exit:1", "--draft-length", "gian"],
+            "unknown draft length 'gian'; use fixed, thompson, gain",
+        ),
+        (["--draft", "early-exit:1", "--draft-length", "gain", "--confidence", "0.5"], "leave confidence 0.5 out"),
+        (["--draft-length", "gain"], "--draft-length gain needs a drafter"),
+    ],
+)
+def test_choices_that_make_no_sense_are_refused(
+    run: Any, tiny_checkpoint: Path, options: list[str], message: str
+) -> None:
+    done = run("generate", "the dog", "-m", tiny_checkpoint, *options)
+    assert done.exit_code == 2
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert message in line

@@ -28,8 +28,8 @@ class WayFlags:
         Option(
             "--draft",
             metavar="DRAFTER",
-            help="early-exit:E, lookup, assistant:PATH, or none; repeatable. Without it, the early exit that the "
-            "checkpoint recommends.",
+            help="auto, early-exit:E, lookup, cascade:E, assistant:PATH, or none; repeatable. Without it, the exit "
+            "that the checkpoint recommends.",
             show_default=False,
         ),
     ] = field(default_factory=list)

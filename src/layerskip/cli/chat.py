@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from layerskip.cli.boundary import lines
-from layerskip.cli.flags import DraftFlags, EndFlags, ModelFlags, SamplingFlags, ShowFlags, label
+from layerskip.cli.flags import DraftFlags, EndFlags, ModelFlags, SamplingFlags, ShowFlags, account, label
 from layerskip.cli.generate import held, show_run
 from layerskip.cli.prompts import decode, without_newline
 from layerskip.cli.screen import Screen
@@ -44,6 +44,7 @@ def chat(
     """
     llm = model.load()
     screen = Screen(no_color=show.no_color)
+    draft = draft.or_auto(llm)
     drafter = draft.drafter(llm)
     talk = Conversation(llm, system, drafter, label(draft.draft, drafter), sampling.sampling(llm), end)
     talk.check()
@@ -103,6 +104,8 @@ class Conversation:
             {"role": "assistant", "content": run.completions[0].text},
         ]
         screen.note(run.line(label=self.label, mode=f"exact, {held(self.llm)}"))
+        if (chosen := account(self.drafter)) is not None:
+            screen.note(chosen)
         if run.interrupted:
             raise KeyboardInterrupt
 

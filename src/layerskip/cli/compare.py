@@ -64,7 +64,7 @@ def compare_with_plain(task: Task, drafted: Run, drafter: Drafter | None) -> Com
     return Comparison(
         plain,
         drafted.decode_rate / plain.decode_rate if plain.decode_rate else None,
-        # copied tokens are chosen, not drawn, so the target's own draws decide
-        task.sampling.temperature == 0 or drafter is None or drafter.name == "lookup",
+        # copied tokens are chosen, not drawn, and those of auto are matched, so the target's own draws decide
+        task.sampling.temperature == 0 or drafter is None or drafter.name in ("lookup", "auto"),
         [first_difference(a.tokens, b.tokens) for a, b in pairs],
     )

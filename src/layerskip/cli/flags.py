@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -105,15 +105,28 @@ class DraftFlags:
         _draft(
             "--draft",
             metavar="DRAFTER",
-            help="early-exit:E (the first E layers; without :E what the checkpoint recommends), lookup (copies "
-            "from the context), "
+            help="auto (finds exit and length while it decodes), early-exit:E (the first E layers; without :E what the "
+            "checkpoint recommends), lookup (copies from the context), cascade:E (copies, else the exit), "
             "assistant:PATH (a smaller checkpoint of the same tokenizer) or none.",
             show_default=False,
         ),
     ] = None
     draft_tokens: Annotated[
         int | None,
-        _draft(metavar="K", help="Tokens drafted in a round; 4, for lookup 8.", show_default=False),
+        _draft(
+            metavar="K",
+            help="Tokens drafted in a round; 4, for lookup 8. The most, where the length is found: 16.",
+            show_default=False,
+        ),
+    ] = None
+    draft_length: Annotated[
+        str | None,
+        _draft(
+            metavar="RULE",
+            help="fixed, or found while decoding: thompson (by draws from the acceptance rate) or gain (as long as the "
+            "next token should pay).",
+            show_default=False,
+        ),
     ] = None
     confidence: Annotated[
         float | None,
@@ -127,14 +140,26 @@ class DraftFlags:
 
     def drafter(self, llm: LLM) -> Drafter | None:
         """The drafter, None for plain decoding. Raises what `LLM.drafter` raises."""
-        drafter = llm.drafter(self.draft, tokens=self.draft_tokens, confidence=self.confidence)
+        drafter = llm.drafter(
+            self.draft, tokens=self.draft_tokens, confidence=self.confidence, length=self.draft_length
+        )
         if drafter is None:
-            for name, value in (("--draft-tokens", self.draft_tokens), ("--confidence", self.confidence)):
+            options = {
+                "--draft-tokens": self.draft_tokens,
+                "--draft-length": self.draft_length,
+                "--confidence": self.confidence,
+            }
+            for name, value in options.items():
                 if value is not None:
                     raise RequestError(
                         f"{name} {value} needs a drafter; add --draft early-exit:E, say, or leave it out"
                     )
         return drafter
+
+    def or_auto(self, llm: LLM) -> DraftFlags:
+        """With "auto" where no drafter is named and the checkpoint recommends an exit."""
+        chosen = self.confidence is None and self.draft_length is None
+        return replace(self, named="auto") if self.named is None and chosen and llm.recommended else self
 
 
 @dataclass(frozen=True)
@@ -225,22 +250,45 @@ class ShowFlags:
 
 def label(words: str, drafter: Drafter | None) -> str:
     """What reports call a way of decoding: "early-exit:3 K=4", or "plain"."""
-    return "plain" if drafter is None else f"{_whole(words, drafter)} K={drafter.tokens}"
+    from layerskip.decode.controllers import MOST
+    from layerskip.decode.drafters import Auto
+
+    if drafter is None:
+        return "plain"
+    if isinstance(drafter, Auto) and drafter.tokens == MOST:
+        return words
+    rule = getattr(drafter, "length", "fixed")  # not every drafter has one
+    return f"{_whole(words, drafter)} K={drafter.tokens}" + ("" if rule == "fixed" else f" {rule}")
+
+
+def account(drafter: Drafter | None) -> str | None:
+    """What a drafter that chooses has chosen, in a line, and begins to count anew; None for the others."""
+    from layerskip.decode.drafters import Auto
+
+    if not isinstance(drafter, Auto):
+        return None
+    line = drafter.line()
+    drafter.recount()
+    return line
 
 
 def _whole(words: str, drafter: Drafter) -> str:
     """The words with what they leave to the checkpoint."""
-    from layerskip.decode.drafters import EarlyExit
+    from layerskip.decode.drafters import Cascade, EarlyExit
 
-    return f"{words}:{drafter.exit}" if words == "early-exit" and isinstance(drafter, EarlyExit) else words
+    early = drafter.exit if isinstance(drafter, Cascade) else drafter
+    return f"{words}:{early.exit}" if ":" not in words and isinstance(early, EarlyExit) else words
 
 
 def draft_record(flags: DraftFlags, drafter: Drafter | None) -> dict[str, Any] | None:
     """The same for JSON."""
-    from layerskip.decode.drafters import EarlyExit
+    from layerskip.decode.drafters import Auto, EarlyExit
 
     if drafter is None:
         return None
+    chosen = {"chosen": drafter.record()} if isinstance(drafter, Auto) else {}
     # a checkpoint may recommend one
     confidence = drafter.confidence if isinstance(drafter, EarlyExit) else flags.confidence
-    return {"drafter": _whole(flags.draft, drafter), "tokens": drafter.tokens, "confidence": confidence}
+    named = {"drafter": _whole(flags.draft, drafter), "tokens": drafter.tokens, "confidence": confidence}
+    found = {} if flags.draft_length is None else {"length": flags.draft_length}
+    return {**named, **found, **chosen}

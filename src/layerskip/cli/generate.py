@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from layerskip.cli.compare import Comparison, compare_with_plain
-from layerskip.cli.flags import DraftFlags, EndFlags, ModelFlags, SamplingFlags, ShowFlags, draft_record, label
+from layerskip.cli.flags import (
+    DraftFlags,
+    EndFlags,
+    ModelFlags,
+    SamplingFlags,
+    ShowFlags,
+    account,
+    draft_record,
+    label,
+)
 from layerskip.cli.prompts import File, read_text, text_argument
 from layerskip.cli.screen import ACCEPTED, OWN, Screen, write_json
 from layerskip.errors import RequestError
@@ -52,15 +61,17 @@ def generate(
         raise RequestError("no prompt: give a text, - for standard input, or --file")
     if logprobs is not None and not json:
         raise RequestError("log-probabilities are part of the JSON; add --json, or leave --logprobs out")
-    if compare and draft.draft == "none":
-        raise RequestError("--compare sets a drafter against plain decoding; add --draft early-exit:E, say")
     llm = model.load()
+    draft = draft.or_auto(llm) if exit is None else draft
+    if compare and draft.draft == "none":
+        raise RequestError("--compare sets a drafter against plain decoding; add --draft auto, say")
     from layerskip.evaluate.follow import follow
 
     task = Task(llm, llm.encode(text), exit, _seeded(sampling.sampling(llm)), end, n, logprobs)
     drafter = draft.drafter(llm)
     if compare:
         task.warm_up(drafter)
+        account(drafter)  # what it chose there is nobody's business
     screen = Screen(no_color=show.no_color)
     words = label(draft.draft, drafter)
     if json:
@@ -68,6 +79,8 @@ def generate(
     else:
         run = show_run(task.start(drafter), screen, drafting=drafter is not None)
         screen.note(run.line(label=words, mode=task.mode) + _seed_note(sampling, task.sampling))
+        if (chosen := account(drafter)) is not None:
+            screen.note(chosen)
     comparison = compare_with_plain(task, run, drafter) if compare and not run.interrupted else None
     if json:
         write_json(task.record(run, draft_record(draft, drafter), comparison))

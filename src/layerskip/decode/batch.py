@@ -87,6 +87,8 @@ class Batch:
                 raise RequestError(f"draft {drafter!r} is not a drafter; use one such as layerskip.EarlyExit(3)")
             drafter.check(decoder, exit=self.exit)
         self.decoder, self.pool, self.drafter = decoder, pool, drafter
+        # a drafter of the caller's own need not have it
+        self._watched = bool(getattr(drafter, "watches_plain", False))
         self._rows: list[Row] = []
         self._law: Law | None = None
 
@@ -162,8 +164,9 @@ class Batch:
                 self.leave(row.key)
         verified = time.perf_counter()
         # last, so that a drafter that fails here finds the rows in order
-        if self.drafter is not None and draft.tokens.shape[1]:
-            self.drafter.observe(rows, draft, outcome)
+        if self.drafter is not None and (self._watched or draft.tokens.shape[1]):
+            timed = replace(outcome, draft_seconds=drafted - began, verify_seconds=verified - drafted)
+            self.drafter.observe(rows, draft, timed)
         seconds = Seconds(drafted - began, verified - drafted, time.perf_counter() - verified)
         return [replace(done, seconds=seconds) for done in rounds]
 

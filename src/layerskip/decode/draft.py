@@ -35,6 +35,7 @@ class Draft:
         hidden: (B, K + 1, D) states of the nodes after layer depth - 1, where the drafter ran the target's own first
             layers.
         depth: layers of the target that `hidden` has passed.
+        confidence: per position, the drafter's largest probability there for each row, where its controller asked.
     """
 
     tokens: Tensor
@@ -43,6 +44,7 @@ class Draft:
     lengths: Tensor | None = None
     hidden: Tensor | None = None
     depth: int = 0
+    confidence: Sequence[Sequence[float]] | None = None
 
     def counts(self) -> list[int]:
         """How many tokens were drafted in each row."""
@@ -134,7 +136,10 @@ class Drafter(Protocol):
         ...
 
     def observe(self, rows: Rows, draft: Draft, outcome: Outcome) -> None:
-        """Sees what became of its draft; everything that learns while decoding learns here."""
+        """Sees what became of its draft; everything that learns while decoding learns here.
+
+        A drafter with a true `watches_plain` also sees rounds that drafted nothing.
+        """
         ...
 
     def leave(self, key: int) -> None:
@@ -152,6 +157,8 @@ class Outcome:
         accepted: per row, how many drafted tokens were kept.
         path: per row, the drafted tokens kept, as indices into the draft, in order.
         emitted: per row, the tokens the row gained: the kept ones and one more, cut at a stop.
+        draft_seconds: of the round, spent on drafting.
+        verify_seconds: spent on verifying.
     """
 
     target: Laws
@@ -159,3 +166,5 @@ class Outcome:
     accepted: list[int]
     path: list[list[int]]
     emitted: list[list[int]]
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0

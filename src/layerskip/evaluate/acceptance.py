@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from layerskip.decode.acceptance import Acceptance
-from layerskip.decode.controller import controller_for
+from layerskip.decode.controllers import controller_for
 from layerskip.decode.drafters import EarlyExit
 from layerskip.decode.guesses import Guesses, guess
 from layerskip.errors import RequestError

@@ -167,8 +167,10 @@ def fitting(llm: LLM, task: Task) -> Task:
 
 def drafter_name(drafter: Drafter) -> str:
     """What reports call a drafter: "early-exit:3 K=4"."""
-    from layerskip.decode.drafters import EarlyExit
+    from layerskip.decode.drafters import Auto, EarlyExit
 
+    if isinstance(drafter, Auto):
+        return drafter.name
     depth = f":{drafter.exit}" if isinstance(drafter, EarlyExit) else ""
     return f"{drafter.name}{depth} K={drafter.tokens}"
 

@@ -41,7 +41,7 @@ def generate(  # the parameters are those with which transformers calls a decodi
     draft_exit: int | None = None,
     draft_tokens: int | None = None,
     draft_confidence: float | None = None,
-    draft: Drafter | None = None,
+    draft: Drafter | str | None = None,
     stop_strings: str | list[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     streamer: BaseStreamer | None = None,
@@ -69,7 +69,7 @@ def generate(  # the parameters are those with which transformers calls a decodi
         draft_exit: draft with layers 0..draft_exit-1; None drafts with `draft`, or not at all.
         draft_tokens: the most tokens drafted in a round; None is 4. Needs `draft_exit`.
         draft_confidence: stop a draft after the first token less sure than this; None never does. Needs `draft_exit`.
-        draft: a drafter in place of an early exit, such as `layerskip.Lookup()`.
+        draft: a drafter in place of an early exit, such as `layerskip.Lookup()`, or "auto", which chooses by itself.
         stop_strings: as in transformers; they need the tokenizer.
         tokenizer: for `stop_strings`. transformers 5.23 keeps it to itself, so bind it:
             `custom_generate=functools.partial(layerskip.hf.generate, tokenizer=tokenizer)`.

@@ -21,7 +21,7 @@ from transformers.generation.stopping_criteria import (
 )
 
 from layerskip.decode.draft import Drafter
-from layerskip.decode.drafters import EarlyExit
+from layerskip.decode.drafters import Auto, EarlyExit
 from layerskip.errors import RequestError
 
 
@@ -90,15 +90,21 @@ def kept_back(model: PreTrainedModel) -> Mapping[str, Any]:
     return {name: None if frame is None else frame.f_locals.get(name) for name in names}
 
 
-def drafter(exit: int | None, tokens: int | None, confidence: float | None, draft: Drafter | None) -> Drafter | None:
+def drafter(
+    exit: int | None, tokens: int | None, confidence: float | None, draft: Drafter | str | None
+) -> Drafter | None:
     """The drafter that the `draft_*` options mean; None decodes plainly. Raises RequestError where they conflict."""
     options = {"draft_exit": exit, "draft_tokens": tokens, "draft_confidence": confidence}
     given = [name for name, value in options.items() if value is not None]
     if draft is not None:
         if given:
             raise RequestError(f"draft and {given[0]} exclude each other; a drafter carries its own settings")
-        if not callable(getattr(draft, "propose", None)):
-            raise RequestError(f"draft {draft!r} is not a drafter; use draft_exit, or one such as layerskip.Lookup()")
+        if draft == "auto":
+            return Auto()
+        if isinstance(draft, str) or not callable(getattr(draft, "propose", None)):
+            raise RequestError(
+                f"draft {draft!r} is not a drafter; use draft_exit, 'auto', or one such as layerskip.Lookup()"
+            )
         return draft
     if exit is None:
         if given:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from layerskip.decode.batch import Batch
 from layerskip.decode.draft import Drafter
-from layerskip.decode.drafters import Assistant, EarlyExit, Lookup
+from layerskip.decode.drafters import Assistant, Auto, Cascade, EarlyExit, Lookup
 from layerskip.decode.pool import Pool
 from layerskip.decode.randomness import new_seed, sample_seed
 from layerskip.decode.request import Request, Round
@@ -37,7 +37,9 @@ from layerskip.model.decoder import Decoder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DRAFTERS = ("none", "early-exit", "lookup", "assistant")
+DRAFTERS = ("auto", "none", "early-exit", "lookup", "cascade", "assistant")
+
+_UNASKED = {"lookup": "lookup copies", "auto": "auto finds by itself where to exit and how long to draft,"}
 
 
 class LLM:
@@ -94,9 +96,9 @@ class LLM:
 
         Args:
             prompt: a text or its token ids, or a list of such.
-            draft: what drafts: `EarlyExit(3)`, `Lookup()`, `llm.assistant(path)`, or the same in words as on the
-                command line ("early-exit:3", "lookup", "assistant:PATH", which is loaded anew). None decodes plainly.
-                Changes speed only.
+            draft: what drafts: `EarlyExit(3)`, `Lookup()`, `Auto()`, `llm.assistant(path)`, or the same in words as on
+                the command line ("auto", "early-exit:3", "lookup", "cascade:3", "assistant:PATH", which is loaded
+                anew). None decodes plainly. Changes speed only.
             exit: stop after so many layers: plain early exit, lossy. None uses all layers.
             sampling: how tokens are chosen; None is greedy.
             n: samples per prompt.
@@ -363,13 +365,16 @@ class LLM:
 
     # -- drafters
 
-    def drafter(self, words: str, *, tokens: int | None = None, confidence: float | None = None) -> Drafter | None:
-        """The drafter that words name: "none", "early-exit:E", "lookup" or "assistant:PATH".
+    def drafter(
+        self, words: str, *, tokens: int | None = None, confidence: float | None = None, length: str | None = None
+    ) -> Drafter | None:
+        """The drafter that words name: "auto", "none", "early-exit:E", "lookup", "cascade:E" or "assistant:PATH".
 
         Args:
-            words: as on the command line; "early-exit" alone is what the checkpoint recommends.
+            words: as on the command line; "early-exit" and "cascade" alone exit where the checkpoint recommends it.
             tokens: K, the most tokens drafted in a round; None is the drafter's own default.
-            confidence: stop a draft where the drafter is less sure than this (early-exit and assistant).
+            confidence: stop a draft where the drafter is less sure than this (early-exit, cascade and assistant).
+            length: how long they draft: "fixed", "thompson" or "gain"; None is fixed.
 
         Raises:
             RequestError: no such drafter, or a value out of range.
@@ -378,33 +383,53 @@ class LLM:
         kind, colon, argument = words.partition(":")
         if kind not in DRAFTERS:
             raise RequestError(f"unknown drafter {kind!r}; use {', '.join(DRAFTERS)}{suggest(kind, DRAFTERS)}")
-        if colon and kind in ("none", "lookup"):
+        if colon and kind in ("auto", "none", "lookup"):
             raise RequestError(f"{kind} takes nothing after it, not {argument!r}; write {kind}")
         if kind == "none":
             return None
-        count = 4 if tokens is None else tokens
-        if kind == "lookup":
-            if confidence is not None:
-                raise RequestError("lookup copies and has no confidence; leave it out")
+        if kind in ("lookup", "auto"):
+            for name, value in (("confidence", confidence), ("draft length", length)):
+                if value is not None:
+                    raise RequestError(f"{_UNASKED[kind]} and has no {name}; leave it out")
+            if kind == "auto":
+                return self._auto(tokens)
             return Lookup() if tokens is None else Lookup(tokens=tokens)
+        length = length or "fixed"
         if kind == "assistant":
             if not argument:
                 raise RequestError("assistant needs a checkpoint; write assistant:PATH")
-            return self.assistant(argument, tokens=count, confidence=confidence)
-        if not colon:
-            return self._recommended(tokens, confidence)
-        if not argument.isdecimal():
-            raise RequestError(f"early-exit needs a number of layers, not {argument!r}; write early-exit:3, say")
-        return EarlyExit(int(argument), tokens=count, confidence=confidence)
+            return self.assistant(argument, tokens=tokens, confidence=confidence, length=length)
+        if colon and not argument.isdecimal():
+            raise RequestError(f"{kind} needs a number of layers, not {argument!r}; write {kind}:3, say")
+        if colon:
+            early = EarlyExit(int(argument), tokens=tokens, confidence=confidence, length=length)
+        else:
+            early = self._recommended(kind, tokens, confidence, length)
+        return early if kind == "early-exit" else Cascade(Lookup(), early)
 
-    def _recommended(self, tokens: int | None, confidence: float | None) -> EarlyExit:
+    def _recommended(self, kind: str, tokens: int | None, confidence: float | None, length: str) -> EarlyExit:
         if self.recommended is None:
-            raise RequestError(f"{self.name} recommends no exit; write early-exit:3, say")
+            raise RequestError(f"{self.name} recommends no exit; write {kind}:3, say")
+        if length != "fixed":
+            return EarlyExit(self.recommended.exit, tokens=tokens, confidence=confidence, length=length)
         count = self.recommended.draft_tokens if tokens is None else tokens
         sure = self.recommended.confidence if confidence is None else confidence
         return EarlyExit(self.recommended.exit, tokens=count, confidence=sure)
 
-    def assistant(self, path_or_id: str | Path, *, tokens: int = 4, confidence: float | None = None) -> Assistant:
+    def _auto(self, tokens: int | None) -> Auto:
+        settings: dict[str, Any] = {} if tokens is None else {"tokens": tokens}
+        if self.recommended is not None:
+            settings |= {"exit": self.recommended.exit, "guesses": self.recommended.acceptance}
+        return Auto(**settings)
+
+    def assistant(
+        self,
+        path_or_id: str | Path,
+        *,
+        tokens: int | None = None,
+        confidence: float | None = None,
+        length: str = "fixed",
+    ) -> Assistant:
         """A drafter that runs a second checkpoint of the same tokenizer, in this model's precision and place.
 
         Raises:
@@ -421,7 +446,7 @@ class LLM:
             )
         here = self.decoder
         decoder = checkpoint.load_decoder(folder, dtype=here.dtype, device=here.device, weights=here.layout)
-        return Assistant(decoder, tokens=tokens, confidence=confidence)
+        return Assistant(decoder, tokens=tokens, confidence=confidence, length=length)
 
     def _with_ids(self, draft: Drafter | None) -> Drafter | None:
         if isinstance(draft, Lookup) and isinstance(draft.predicted, str):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,14 @@ class Recommended:
         exit: E, layers that draft.
         draft_tokens: K.
         confidence: a draft ends after the first token that the exit is less sure of; None never ends it.
+        acceptance: by exit, the share of drafted tokens that were kept, as far as somebody measured it: what
+            `--draft auto` begins with.
     """
 
     exit: int
     draft_tokens: int
     confidence: float | None = None
+    acceptance: Mapping[int, float] = field(default_factory=dict)
 
 
 def recommended(folder: Path) -> Recommended | None:
@@ -42,7 +45,10 @@ def recommended(folder: Path) -> Recommended | None:
     if settings.get("exit") is None and settings.get("draft_tokens") is None:
         return None
     return Recommended(
-        _count(settings, "exit", folder), _count(settings, "draft_tokens", folder), _confidence(settings, folder)
+        _count(settings, "exit", folder),
+        _count(settings, "draft_tokens", folder),
+        _confidence(settings, folder),
+        _acceptance(settings),
     )
 
 
@@ -96,3 +102,16 @@ def _confidence(settings: dict[str, Any], folder: Path) -> float | None:
             f"{folder}/config.json: layerskip.confidence is {value!r}; it must be a number above 0 and at most 1"
         )
     return float(value)
+
+
+def _acceptance(settings: dict[str, Any]) -> dict[int, float]:
+    """Rates by exit: along the model's own texts where it was tuned, else along the data it was trained on. They only
+    hint, so what is no rate is passed over."""
+    quality = settings.get("quality")
+    found: dict[int, float] = {}
+    for kind in ("agreement", "own_agreement"):  # the second is what counts
+        for name, value in quality.items() if isinstance(quality, dict) else ():
+            what, _, exit = str(name).partition("/")
+            if what == kind and exit.isdecimal() and isinstance(value, int | float) and 0 <= value <= 1:
+                found[int(exit)] = float(value)
+    return found

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from layerskip.decode.controller import Controller, controller_for
+from layerskip.decode.controllers import Controller, controller_for
 from layerskip.decode.draft import Draft, Outcome, Rows
 from layerskip.decode.drafters.chain import draw_chain
 from layerskip.decode.pool import Pool, common_prefix
@@ -29,18 +29,26 @@ class Assistant:
 
     Args:
         decoder: the model that drafts.
-        tokens: K, the most tokens drafted in a round.
+        tokens: K, the most tokens drafted in a round; None is 4, or 16 where `length` is not fixed.
         confidence: stop a draft after the first token where its largest probability is below this; None never stops.
+        length: "fixed", or a rule that finds the length while decoding: "thompson" or "gain" (see `controllers`).
 
     Raises:
-        RequestError: tokens below 1, confidence outside (0, 1].
+        RequestError: tokens below 1, confidence outside (0, 1], no such rule, or a threshold beside one.
     """
 
     name = "assistant"
 
-    def __init__(self, decoder: Decoder, *, tokens: int = 4, confidence: float | None = None) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        tokens: int | None = None,
+        confidence: float | None = None,
+        length: str = "fixed",
+    ) -> None:
         self.decoder = decoder
-        self.controller: Controller = controller_for(tokens, confidence=confidence)
+        self.controller: Controller = controller_for(tokens, confidence=confidence, length=length)
         self._pool = Pool(decoder.cache(rows=1, slots=64))
         self._lock = threading.Lock()  # one assistant may draft for several batches
         self._rows: dict[int, int] = {}  # key of a row of the batch -> row of our cache
@@ -78,15 +86,14 @@ class Assistant:
             )
             return resize(self.decoder.logits(hidden), rows.decoder.shape.vocab)
 
-        chain = draw_chain(rows, tokens, self.controller, step=step)
+        chain = draw_chain(rows, tokens, self.controller.plan(len(rows.ids)), step=step)
         for key, ids, tail in zip(rows.keys, rows.ids, chain.tokens[:, :-1].tolist(), strict=True):
             self._pool.hold(self._rows[key], ids + tail, depth=self.decoder.shape.layers)
-        return Draft(chain.tokens, proposals=chain.proposals, lengths=chain.lengths)
+        return Draft(chain.tokens, proposals=chain.proposals, lengths=chain.lengths, confidence=chain.confidence)
 
     def observe(self, rows: Rows, draft: Draft, outcome: Outcome) -> None:
-        """Tells the controller how much was kept."""
-        for length, accepted in zip(draft.counts(), outcome.accepted, strict=True):
-            self.controller.update(length, accepted)
+        """Tells the controller what became of the draft."""
+        self.controller.learn(draft, outcome)
 
     def _catch_up(self, rows: Rows, count: int) -> slice | Tensor:
         """Makes every row's tokens but the last valid in our cache; returns our rows."""

@@ -6,10 +6,12 @@ layer processes a drafted position twice.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from layerskip.decode.controller import Controller, controller_for
+from layerskip.decode.controllers import Controller, Plan, controller_for
 from layerskip.decode.draft import Draft, Outcome, Rows
 from layerskip.decode.drafters.chain import draw_chain
 from layerskip.errors import RequestError, check_whole
@@ -21,22 +23,26 @@ class EarlyExit:
 
     Args:
         exit: layers that draft, at least 1 and fewer than the target decodes with.
-        tokens: K, the most tokens drafted in a round.
+        tokens: K, the most tokens drafted in a round; None is 4, or 16 where `length` is not fixed.
         confidence: stop a draft after the first token where the exit's largest probability is below this; None never
             stops.
+        length: "fixed", or a rule that finds the length while decoding: "thompson" or "gain" (see `controllers`). They
+            look at the clock, so with a seed, sampled text repeats in law only.
 
     Raises:
-        RequestError: exit or tokens below 1, confidence outside (0, 1].
+        RequestError: exit or tokens below 1, confidence outside (0, 1], no such rule, or a threshold beside one.
     """
 
     name = "early-exit"
 
-    def __init__(self, exit: int, *, tokens: int = 4, confidence: float | None = None) -> None:
+    def __init__(
+        self, exit: int, *, tokens: int | None = None, confidence: float | None = None, length: str = "fixed"
+    ) -> None:
         check_whole("draft exit", exit)
         if exit < 1:
             raise RequestError(f"draft exit {exit} is not possible; use 1 or more layers")
-        self.exit, self.confidence = exit, confidence
-        self.controller: Controller = controller_for(tokens, confidence=confidence)
+        self.exit, self.confidence, self.length = exit, confidence, length
+        self.controller: Controller = controller_for(tokens, confidence=confidence, length=length)
 
     @property
     def tokens(self) -> int:
@@ -54,36 +60,75 @@ class EarlyExit:
 
     def propose(self, rows: Rows, tokens: int) -> Draft:
         """Runs the first layers one token at a time; the last pass only brings the last token to the exit."""
-        decoder, states = rows.decoder, []
-
-        def run(token: Tensor, i: int) -> Tensor:
-            states.append(
-                decoder.run(
-                    decoder.embed(token),
-                    rows.at + i,
-                    rows.cache,
-                    0,
-                    self.exit,
-                    rows=rows.index,
-                    limit=rows.longest + i,
-                )
-            )
-            return states[-1]
-
-        chain = draw_chain(rows, tokens, self.controller, step=lambda token, i: decoder.logits(run(token, i)))
-        run(chain.tokens[:, -1:], chain.tokens.shape[1])
-        return Draft(
-            chain.tokens,
-            proposals=chain.proposals,
-            lengths=chain.lengths,
-            hidden=torch.cat(states, 1),
-            depth=self.exit,
-        )
+        return draft_at(rows, tokens, self.controller.plan(len(rows.ids)), exit=self.exit)[0]
 
     def leave(self, key: int) -> None:
         """It keeps nothing of a row."""
 
     def observe(self, rows: Rows, draft: Draft, outcome: Outcome) -> None:
-        """Tells the controller how much was kept."""
-        for length, accepted in zip(draft.counts(), outcome.accepted, strict=True):
-            self.controller.update(length, accepted)
+        """Tells the controller what became of the draft."""
+        self.controller.learn(draft, outcome)
+
+
+def draft_at(
+    rows: Rows, tokens: int, plan: Plan, *, exit: int, taps: Sequence[int] = (), matched: bool = False
+) -> tuple[Draft, dict[int, Tensor]]:
+    """A draft of an exit, and the states of its nodes at other depths, for which no layer runs twice.
+
+    Passes below the exit stop at the taps there on their way. For taps above it the nodes are run on as far: that is a
+    part of the verification, which then begins deeper.
+
+    Args:
+        rows: to draft for.
+        tokens: at most.
+        plan: how many.
+        exit: E.
+        taps: depths below the target's, in ascending order, other than E.
+        matched: as in `draw_chain`.
+
+    Returns:
+        The draft, and states (B, K + 1, D) by tap.
+    """
+    decoder = rows.decoder
+    stations = [*(tap for tap in taps if tap < exit), exit]
+    passed: dict[int, list[Tensor]] = {station: [] for station in stations}
+
+    def run(token: Tensor, i: int) -> Tensor:
+        hidden, first, at = decoder.embed(token), 0, rows.at + i
+        for last in stations:
+            hidden = decoder.run(hidden, at, rows.cache, first, last, rows=rows.index, limit=rows.longest + i)
+            passed[last].append(hidden)
+            first = last
+        return hidden
+
+    chain = draw_chain(rows, tokens, plan, step=lambda token, i: decoder.logits(run(token, i)), matched=matched)
+    run(chain.tokens[:, -1:], chain.tokens.shape[1])
+    states = {station: torch.cat(parts, 1) for station, parts in passed.items()}
+    hidden, depth = run_on(rows, states.pop(exit), exit, [tap for tap in taps if tap > exit], states)
+    draft = Draft(
+        chain.tokens,
+        proposals=chain.proposals,
+        lengths=chain.lengths,
+        hidden=hidden,
+        depth=depth,
+        confidence=chain.confidence,
+    )
+    return draft, states
+
+
+def run_on(
+    rows: Rows, hidden: Tensor, depth: int, taps: Sequence[int], states: dict[int, Tensor]
+) -> tuple[Tensor, int]:
+    """Runs a chain's nodes (B, K + 1, D) from `depth` to the last tap, noting their states at each.
+
+    Returns:
+        The states there, and how deep that is.
+    """
+    nodes = hidden.shape[1]
+    slots = rows.at + torch.arange(nodes, device=rows.at.device) if taps else rows.at
+    for tap in taps:
+        hidden = rows.decoder.run(
+            hidden, slots, rows.cache, depth, tap, rows=rows.index, limit=rows.longest + nodes - 1
+        )
+        states[tap], depth = hidden, tap
+    return hidden, depth

@@ -40,12 +40,16 @@ class NgramIndex:
 
     def after(self, ids: Sequence[int], count: int, *, source: Sequence[int] | None = None) -> list[int]:
         """Up to `count` tokens that followed the longest known n-gram ending `ids`; [] where none occurred."""
+        return self.find(ids, count, source=source)[0]
+
+    def find(self, ids: Sequence[int], count: int, *, source: Sequence[int] | None = None) -> tuple[list[int], int]:
+        """The same, and how long the n-gram is; 0 where none occurred."""
         text = ids if source is None else source
         for n in range(min(self.longest, len(ids)), 0, -1):
             end = self.ends.get(tuple(ids[-n:]))
             if end is not None:
-                return list(text[end : end + count])
-        return []
+                return list(text[end : end + count]), n
+        return [], 0
 
 
 class Lookup:
@@ -86,17 +90,15 @@ class Lookup:
 
     def propose(self, rows: Rows, tokens: int) -> Draft:
         """Copies for every row what it finds; rows that find less stop earlier."""
-        found = [
+        return copied(rows, [found for found, _ in self.find(rows, tokens)])
+
+    def find(self, rows: Rows, tokens: int) -> list[tuple[list[int], int]]:
+        """For every row, at most so many tokens to copy, and the length of the n-gram they followed; the caller's text
+        counts as the longest."""
+        return [
             self._copy(self._contexts.setdefault(key, NgramIndex(self.ngram)), ids, start, min(tokens, self.tokens))
             for key, ids, start in zip(rows.keys, rows.ids, rows.starts, strict=True)
         ]
-        width = max(map(len, found))
-        # padding is run like any token, so it is one that the row has already
-        padded = torch.tensor(
-            [f + ids[-1:] * (width - len(f)) for f, ids in zip(found, rows.ids, strict=True)], dtype=torch.long
-        )
-        lengths = torch.tensor([len(f) for f in found])
-        return Draft(padded.to(rows.last.device), lengths=lengths.to(rows.last.device))
 
     def leave(self, key: int) -> None:
         """Forgets the row's index."""
@@ -105,12 +107,23 @@ class Lookup:
     def observe(self, rows: Rows, draft: Draft, outcome: Outcome) -> None:
         """Nothing to learn: the context itself is the memory."""
 
-    def _copy(self, context: NgramIndex, ids: Sequence[int], start: int, count: int) -> list[int]:
+    def _copy(self, context: NgramIndex, ids: Sequence[int], start: int, count: int) -> tuple[list[int], int]:
         if self.predicted:
             assert not isinstance(self.predicted, str)
             if len(ids) == start:  # nothing generated yet: the prediction begins here
-                return list(self.predicted[:count])
+                return list(self.predicted[:count]), self.ngram
             if copy := self._prediction.after(ids[start:], count, source=self.predicted):
-                return copy
+                return copy, self.ngram
         context.extend(ids)
-        return context.after(ids, count)
+        return context.find(ids, count)
+
+
+def copied(rows: Rows, found: Sequence[Sequence[int]]) -> Draft:
+    """The draft of what was found for each row."""
+    width = max(map(len, found))
+    # padding is run like any token, so it is one that the row has already
+    padded = torch.tensor(
+        [[*f, *ids[-1:] * (width - len(f))] for f, ids in zip(found, rows.ids, strict=True)], dtype=torch.long
+    )
+    lengths = torch.tensor([len(f) for f in found])
+    return Draft(padded.to(rows.last.device), lengths=lengths.to(rows.last.device))

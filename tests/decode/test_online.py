@@ -1,0 +1,205 @@
+"""The choice of exits on made-up machines: what rounds take and keep is given. No model, no clock."""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from layerskip.decode.controllers.choice import PLAIN, Decision, candidates, fastest
+from layerskip.decode.controllers.online import Online
+from layerskip.decode.draft import Draft, Outcome
+
+EMPTY = torch.zeros(0)
+
+
+@dataclass
+class Machine:
+    """Rounds of a model of 8 layers, a millisecond each, as its head; tokens are kept with the rates of the exits."""
+
+    rates: Mapping[int, float]
+    rows: int = 1
+    position: float = 0.03  # what a further position adds to a verification
+    overhead: float = 0.0  # of a draft step
+    draws: random.Random = field(default_factory=lambda: random.Random(5))
+
+    def seconds(self, exit: int, tokens: int) -> tuple[float, float]:
+        if exit == PLAIN:
+            return 0.0, 0.009
+        step = 0.001 * (exit + 1) + self.overhead
+        return tokens * step + 0.001 * exit, 0.001 * (9 - exit) * (1 + self.position * tokens)
+
+    def run(self, online: Online, rounds: int) -> Counter[int]:
+        """Decodes; returns how many rounds each exit drafted."""
+        done: Counter[int] = Counter()
+        for _ in range(rounds):
+            decision = online.decide(self.rows)
+            self.one(online, decision)
+            done[decision.exit] += 1
+        return done
+
+    def one(self, online: Online, decision: Decision) -> None:
+        tokens = 0
+        if decision.exit != PLAIN:
+            plan = online.course(decision, rows=self.rows)
+            tokens = next((i + 1 for i in range(plan.length) if all(plan.stop([0.8] * self.rows))), plan.length)
+        kept = [self.kept(self.rates.get(decision.exit, 0.0), tokens) for _ in range(self.rows)]
+        draft, verify = self.seconds(decision.exit, tokens)
+        chain = Draft(torch.zeros(self.rows, tokens, dtype=torch.long), confidence=[[0.8] * self.rows] * tokens or None)
+        emitted = [[1] * (n + 1) for n in kept]
+        looked = 0.0005 * len(decision.taps)
+        outcome = Outcome(EMPTY, EMPTY, kept, [[]] * self.rows, emitted, draft + looked, verify)
+        if decision.taps:
+            seen = {
+                tap: [[int(self.draws.random() < self.rates[tap]) for _ in text] for text in emitted]
+                for tap in decision.taps
+            }
+            online.look(decision, seen, chain, outcome, seconds=looked)
+        online.learn(decision, chain, outcome)
+
+    def kept(self, rate: float, tokens: int) -> int:
+        return next((i for i in range(tokens) if self.draws.random() >= rate), tokens)
+
+    def best(self) -> int:
+        """The exit with the most tokens per second at its best fixed length."""
+        found = fastest(
+            list(self.rates),
+            expected=lambda e, k: sum(self.rates[e] ** i for i in range(k + 1)),
+            seconds=lambda e, k: sum(self.seconds(e, k)),
+            plain=0.009,
+            most=16,
+        )
+        return found.exit
+
+
+GOOD = {1: 0.3, 2: 0.85, 3: 0.88, 4: 0.9, 5: 0.92, 6: 0.95, 7: 0.97}
+DEEP = {1: 0.1, 2: 0.2, 3: 0.3, 4: 0.97, 5: 0.98, 6: 0.98, 7: 0.99}
+NEVER = dict.fromkeys(range(1, 8), 0.02)
+
+
+def online(**settings: object) -> Online:
+    return Online(8, head=1.0, tokens=16, **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("start", [None, 2, 6])
+@pytest.mark.parametrize("rates", [GOOD, DEEP], ids=["shallow", "deep"])
+def test_the_fastest_exit_is_found_wherever_it_begins(rates: Mapping[int, float], start: int | None) -> None:
+    machine, mind = Machine(rates), online(start=start)
+    machine.run(mind, 600)
+    late = machine.run(mind, 300)
+    assert machine.best() in (2, 4)
+    assert late[machine.best()] > 250, late
+
+
+def test_what_was_measured_beforehand_is_used_from_the_first_round() -> None:
+    machine, mind = Machine(GOOD), online(guesses=GOOD)
+    assert machine.run(mind, 12)[2] >= 10  # the first is plain: it is measured
+
+
+def test_a_recommended_exit_drafts_at_once() -> None:
+    assert online(start=3).decide(1).exit == 3
+    assert online().decide(1).exit == PLAIN
+
+
+def test_hostile_text_is_decoded_plainly_and_tried_ever_more_rarely() -> None:
+    machine, mind = Machine(NEVER), online(start=2)
+    first, later = machine.run(mind, 100), machine.run(mind, 1900)
+    assert first[PLAIN] > 50
+    assert later[PLAIN] > 0.95 * 1900, later
+    assert sum(later.values()) > later[PLAIN]  # it was tried again
+    assert mind.lost < 0.04 * mind.seconds
+
+
+def test_drafting_comes_back_when_it_pays() -> None:
+    machine, mind = Machine(NEVER), online(start=2)
+    machine.run(mind, 300)
+    machine.rates = GOOD
+    machine.run(mind, 300)
+    assert machine.run(mind, 200)[2] > 150
+    machine.rates = NEVER
+    machine.run(mind, 100)
+    assert machine.run(mind, 200)[PLAIN] > 180
+
+
+def test_looking_at_other_exits_keeps_within_its_share() -> None:
+    for rates in (GOOD, NEVER):
+        machine, mind = Machine(rates), online()
+        machine.run(mind, 800)
+        assert 0 < mind.overhead <= 0.03 * mind.seconds
+        asked = [exit for exit in mind.exits if mind.learned[exit].agreement.first.tried > 0.5]
+        assert len(asked) >= 5
+
+
+def test_without_a_share_nobody_looks() -> None:
+    machine, mind = Machine(GOOD), online(share=0.0)
+    machine.run(mind, 200)
+    assert mind.overhead == 0
+
+
+def test_a_round_that_looks_costs_what_it_takes_beyond_its_like() -> None:
+    mind, machine = online(start=2), Machine(GOOD)
+    machine.run(mind, 60)
+    before = mind.overhead
+    decision = Decision(2, taps=(3,))
+    draft, verify = machine.seconds(2, 1)
+    chain = Draft(torch.zeros(1, 1, dtype=torch.long), confidence=[[0.8]])
+    outcome = Outcome(EMPTY, EMPTY, [1], [[0]], [[1, 1]], draft + 0.003, verify)
+    mind.look(decision, {3: [[1, 1]]}, chain, outcome, seconds=0.002)
+    assert mind.overhead - before == pytest.approx(0.003, abs=0.0008)  # 2 ms of heads, 1 ms of passes cut in two
+
+
+def test_many_rows_narrow_drafts() -> None:
+    """Where positions are dear, as with many rows, drafts are shorter, or there are none."""
+
+    def drafted(position: float, rows: int) -> float:
+        machine, mind = Machine(GOOD, rows=rows, position=position), online(start=2)
+        machine.run(mind, 400)
+        decision = mind.decide(rows)
+        while decision.exit == PLAIN and decision.token is None:
+            decision = mind.decide(rows)
+        if decision.exit == PLAIN:
+            return 0.0
+        plan = mind.course(decision, rows=rows)
+        return next((i + 1 for i in range(16) if all(plan.stop([0.8] * rows))), 16)
+
+    assert drafted(0.02, 1) > drafted(0.25, 16)
+    assert Machine(GOOD, rows=16, position=3.0).run(online(start=2), 400)[PLAIN] > 300
+
+
+def test_numbers_of_rows_are_judged_apart() -> None:
+    mind = online(start=2)
+    one, many = Machine(GOOD), Machine(GOOD, rows=16, position=3.0)
+    for _ in range(40):
+        one.run(mind, 10)
+        many.run(mind, 10)
+    assert one.run(mind, 50)[2] > 40
+    assert many.run(mind, 50)[PLAIN] > 40
+
+
+def test_a_model_of_one_layer_has_no_exit() -> None:
+    assert candidates(1) == []
+    machine = Machine({})
+    assert machine.run(Online(1, head=1.0, tokens=4), 50) == {PLAIN: 50}
+
+
+def test_exits_nobody_asked_lie_between_their_neighbours() -> None:
+    mind = online()
+    for _ in range(50):
+        mind.learned[4].agreement.add_text([False] * 4)
+    mind._share_guesses()
+    assert mind.learned[3].agreement.first.guess <= mind.learned[4].agreement.first.value + 1e-9
+    assert mind.learned[5].agreement.first.guess > 0.5
+
+
+Expected = Callable[[int, int], float]
+
+
+def test_the_fastest_of_all_against_every_setting() -> None:
+    expected: Expected = lambda e, k: sum((0.5 + 0.05 * e) ** i for i in range(k + 1))  # noqa: E731 -- two formulas
+    seconds: Expected = lambda e, k: 1 + 0.05 * e * k + 0.01 * e  # noqa: E731
+    found = fastest(range(1, 9), expected=expected, seconds=seconds, plain=1.0, most=10)
+    best = max((expected(e, k) / seconds(e, k), e, k) for e in range(1, 9) for k in range(1, 11))
+    assert (found.rate, found.exit, found.tokens) == pytest.approx(best)
+    assert fastest([], expected=expected, seconds=seconds, plain=None, most=3).exit == PLAIN
