@@ -1,6 +1,7 @@
 """`layerskip verify`: equal texts, ties, and differences that are none."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import layerskip
 from layerskip.cli.verify import PROMPTS, diverge, plain_logits
 from layerskip.decode import batch
+from layerskip.decode.sampling import Chosen
 
 
 def test_story_checkpoint_is_verified(run: Any, stories: Path) -> None:
@@ -62,12 +64,10 @@ def test_bad_prompts(run: Any, tiny_checkpoint: Path, tmp_path: Path, name: str,
 def test_a_broken_verification_is_found(run: Any, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     verify = batch.verify_chain
 
-    def wrong(target: torch.Tensor, drafted: torch.Tensor, **settings: Any) -> Any:
-        accepting = target.clone()
-        for i in range(drafted.shape[1]):
-            accepting[:, i] = 0
-            accepting[:, i].scatter_(-1, drafted[:, i : i + 1], 1.0)
-        return verify(accepting, drafted, **settings)
+    def wrong(target: Chosen, drafted: torch.Tensor, **settings: Any) -> Any:
+        accepting = target.tokens.clone()
+        accepting[:, : drafted.shape[1]] = drafted
+        return verify(replace(target, tokens=accepting), drafted, **settings)
 
     monkeypatch.setattr(batch, "verify_chain", wrong)
     done = run("verify", "-m", tiny_checkpoint, "--max-tokens", 10)
