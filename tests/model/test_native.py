@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -146,6 +147,39 @@ def test_bfloat16_text_is_that_of_plain_decoding(tiny_checkpoint: Path) -> None:
         ):
             assert done.tokens == alone.tokens
             assert done.logprobs == alone.logprobs  # to the bit
+
+
+OTHER_PROCESSOR = """
+import sys, torch
+from pathlib import Path
+from layerskip.model.checkpoint import load_decoder
+
+ids = torch.randint(0, 40, (1, 24), generator=torch.Generator().manual_seed(1))
+for dtype, close in ((torch.float32, 1e-5), (torch.bfloat16, 0.06)):
+    found = {}
+    for weights, pieces in (("plain", [24]), ("native", [24]), ("native", [1] * 24), ("native", [7, 2, 15])):
+        decoder, start, logits = load_decoder(Path(sys.argv[1]), dtype=dtype, weights=weights), 0, []
+        cache = decoder.cache(rows=1, slots=24)
+        for count in pieces:
+            at = torch.arange(start, start + count)[None]
+            logits.append(decoder.logits(decoder.run(decoder.embed(ids[:, start : start + count]), at, cache)))
+            start += count
+        found[weights, len(pieces)] = torch.cat(logits, 1).float()
+    plain, native = found["plain", 1], found["native", 1]
+    assert (plain - native).abs().max() < close * plain.abs().max(), dtype
+    assert torch.equal(native, found["native", 24]), dtype
+    assert torch.equal(native, found["native", 3]), dtype
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="builds for a lesser x86-64 processor")
+def test_without_bfloat16_products_the_same_holds(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "CXXFLAGS": "-O1 -march=x86-64-v3"}
+    environment["XDG_CACHE_HOME"] = str(tmp_path)
+    command = [sys.executable, "-c", OTHER_PROCESSOR, str(tiny_checkpoint)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.rglob("*.so"))
 
 
 NO_COMPILER = """

@@ -138,7 +138,7 @@ class Task:
         return {
             "model": self.llm.name,
             "dtype": dtype_name(self.llm),
-            "weights": self.llm.decoder.layout,
+            "layout": self.llm.decoder.layout,
             "device": str(self.llm.decoder.device),
             "mode": run.completions[0].mode,
             "exit": self.exit or self.llm.decoder.shape.layers,

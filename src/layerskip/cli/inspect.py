@@ -118,7 +118,7 @@ def record(llm: LLM, costs: Costs, scores: Sequence[ExitScore]) -> dict[str, Any
     return {
         "model": llm.name,
         "dtype": dtype_name(llm),
-        "stored": llm.decoder.layout,
+        "layout": llm.decoder.layout,
         "device": str(llm.decoder.device),
         "shape": asdict(llm.decoder.shape),
         "parameters": llm.decoder.shape.parameters(),

@@ -72,7 +72,7 @@ def about(kind: str, llm: LLM) -> dict[str, Any]:
             "vocabulary": shape.vocab,
             "context": shape.context,
             "dtype": str(llm.decoder.dtype).removeprefix("torch."),
-            "weights": llm.decoder.layout,
+            "layout": llm.decoder.layout,
             "device": str(llm.decoder.device),
         },
     }

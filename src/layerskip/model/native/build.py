@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-COMPILERS = ("g++", "clang++", "c++")
+COMPILERS = ("g++", "c++")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 _LOCK = threading.Lock()
 
@@ -73,7 +74,7 @@ def _compiler() -> str | None:
 def _place(compiler: str) -> Path:
     """Where what this compiler builds of this source for this processor is kept."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    parts = [SOURCE.read_text(), version, _processor(), *FLAGS, *_openmp()]
+    parts = [SOURCE.read_text(), version, _processor(), *_flags()]
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "layerskip" / f"kernels-{name}.so"
@@ -89,6 +90,11 @@ def _processor() -> str:
     return "\n".join(sorted(set(lines)))
 
 
+def _flags() -> list[str]:
+    """What the compiler is told; the later holds."""
+    return [*FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")), *_openmp()]
+
+
 def _openmp() -> list[str]:
     """torch's own OpenMP library: a second one would have threads of its own, which wait on the same cores."""
     own = Path(torch.__file__).parent / "lib" / "libgomp.so.1"
@@ -99,6 +105,6 @@ def _build(compiler: str, place: Path) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent) as folder:
         out = Path(folder) / place.name
-        command = [compiler, *FLAGS, str(SOURCE), "-o", str(out), *_openmp()]
+        command = [compiler, str(SOURCE), "-o", str(out), *_flags()]
         subprocess.run(command, capture_output=True, text=True, check=True)
         os.replace(out, place)  # whole or not at all: another process may be building as well
