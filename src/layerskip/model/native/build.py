@@ -1,4 +1,4 @@
-"""Builds kernels.cpp where a C++ compiler is found, once for each processor and version, and loads it.
+"""Builds kernels.cpp, with what it includes, where a compiler is found, once for each processor, and loads it.
 
 Knows compilers and the folder where what was built is kept; does not know what the kernels do.
 """
@@ -74,7 +74,8 @@ def _compiler() -> str | None:
 def _place(compiler: str) -> Path:
     """Where what this compiler builds of this source for this processor is kept."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    parts = [SOURCE.read_text(), version, _processor(), *_flags()]
+    sources = [path.read_text() for path in (SOURCE, *sorted(SOURCE.parent.glob("*.h")))]
+    parts = [*sources, version, _processor(), *_flags()]
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "layerskip" / f"kernels-{name}.so"

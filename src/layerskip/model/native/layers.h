@@ -1,0 +1,122 @@
+// Layers: what every thread does of them, and the head.
+
+#pragma once
+
+#include "attention.h"
+
+namespace {
+
+template <class W, class X> class Span {
+  public:
+    Span(const Model& model, const Call& call, float* hidden)
+        : model(model), call(call), positions(call.rows * call.positions), hidden(hidden) {
+        fused_width = (model.heads + 2 * model.kv_heads) * model.head_width;
+        fused_width = (fused_width + BLOCK - 1) / BLOCK * BLOCK;
+        const size_t M = positions;
+        fused = room<float, 5>(M * fused_width);
+        attended = room<X, 6>(M * even(model.heads * model.head_width));
+        gated = room<X, 7>(M * even(model.ffn_width));
+        normed = room<X, 8>(M * even(model.width));
+        for (size_t m = 0; m < M; m++) attended[(m + 1) * even(model.heads * model.head_width) - 1] = 0;
+    }
+
+    void run(const Layer& layer, W* keys, W* values) {  // by every thread
+        product<1, W>(layer.query_key_value, norms(model, hidden, layer.attention_norm, positions, normed, meeting), positions,
+                      [&](int m, int block, const Lanes* sums, int count) {
+            float* to = fused + size_t(m) * fused_width + block * BLOCK;
+            for (int c = 0; c < count; c++) {
+                const Lanes sum = biased(layer.query_key_value, block + c, sums[c]);
+                std::memcpy(to + c * BLOCK, &sum, 64);
+            }
+        });
+        meeting.wait();
+        int first, last;
+        share(call.rows * model.kv_heads, first, last);
+        for (int i = first; i < last; i++) attend(layer, keys, values, i / model.kv_heads, i % model.kv_heads);
+        meeting.wait();
+        residual(layer.output, attended);
+        meeting.wait();
+        const int width = model.ffn_width;
+        product<2, W>(layer.gate_up, norms(model, hidden, layer.mlp_norm, positions, normed, meeting), positions,
+                      [&](int m, int block, const Lanes* sums, int count) {
+            for (int c = 0; c < count; c += 2) {
+                Lanes gate = biased(layer.gate_up, block + c, sums[c]);
+                const Lanes up = biased(layer.gate_up, block + c + 1, sums[c + 1]);
+                const int own = (block + c) / 2, inside = within(own, width);
+                X* to = gated + size_t(m) * even(width) + own * BLOCK;
+                activate((float*)&gate, model.activation);
+                gate *= up;
+                put(to, gate, inside);
+                if ((width & 1) && own * BLOCK + inside == width) to[inside] = 0;
+            }
+        });
+        meeting.wait();
+        residual(layer.down, gated);
+        meeting.wait();
+    }
+
+  private:
+    const Model& model;
+    const Call& call;
+    Meeting meeting;
+    const int positions;
+    float* hidden;  // (M, D)
+    int fused_width;
+    float* fused;                  // (M, queries, keys and values side by side)
+    X *attended, *gated, *normed;  // (M, what goes into a product)
+
+    static Lanes biased(const Linear& linear, int block, Lanes sum) {
+        return linear.bias ? sum + load(linear.bias + block * BLOCK) : sum;
+    }
+
+    void residual(const Linear& linear, const X* x) {
+        product<1, W>(linear, x, positions, [&](int m, int block, const Lanes* sums, int count) {
+            for (int c = 0; c < count; c++) {
+                const Lanes sum = biased(linear, block + c, sums[c]);
+                float* to = hidden + size_t(m) * model.width + (block + c) * BLOCK;
+                const int inside = within(block + c, model.width);
+                put(to, get(to, inside) + sum, inside);
+            }
+        });
+    }
+
+    void attend(const Layer& layer, W* keys, W* values, int b, int group) {
+        auto head = [&](auto vectors) {
+            Head<decltype(vectors)::value, W, X>(model, call, layer, keys, values, b, group)
+                .attend(fused, fused_width, attended);
+        };
+        switch ((model.head_width + BLOCK - 1) / BLOCK) {
+            case 1:
+            case 2: return head(std::integral_constant<int, 2>());
+            case 3: return head(std::integral_constant<int, 3>());
+            case 4: return head(std::integral_constant<int, 4>());
+            case 5:
+            case 6: return head(std::integral_constant<int, 6>());
+            default: return head(std::integral_constant<int, 8>());
+        }
+    }
+};
+
+template <class W, class X>
+void span(const Model& model, const Layer* layers, int first, int last, float* hidden, const Call& call,
+          void* const* keys, void* const* values) {
+    Span<W, X> span(model, call, hidden);
+#pragma omp parallel num_threads(call.threads) if (call.threads > 1)
+    for (int i = first; i < last; i++) span.run(layers[i], (W*)keys[i], (W*)values[i]);
+}
+
+template <class W, class X>
+void predict(const Model& model, const Linear& head, const float* weight, const float* hidden, int positions, float* out,
+             int threads) {
+    X* normed = room<X, 8>(size_t(positions) * even(model.width));
+    Meeting meeting;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    product<1, W>(head, norms(model, hidden, weight, positions, normed, meeting), positions,
+                  [&](int m, int block, const Lanes* sums, int count) {
+        for (int c = 0; c < count; c++)
+            std::memcpy(out + size_t(m) * model.vocab + (block + c) * BLOCK, sums + c,
+                        within(block + c, model.vocab) * sizeof(float));
+    });
+}
+
+}  // namespace

@@ -1,0 +1,35 @@
+// What the kernels are given: the structs of span.py beside this file.
+//
+// B rows, T positions each; I inputs and O outputs of a product, H head width.
+
+#pragma once
+
+#include <cstdint>
+
+struct Linear {
+    const void* weight;       // blocks of 16 outputs: float32 (O/16, I, 16), bfloat16 (O/16, I/2, 16, 2)
+    const float* bias;        // (O,), or null
+    int32_t inputs, outputs;  // filled up with zeros: to an even number, to whole blocks
+};
+
+struct Layer {
+    Linear query_key_value, output, gate_up, down;  // blocks of gate and up take turns
+    const float *attention_norm, *mlp_norm, *query_norm, *key_norm;
+    int64_t window;  // positions a layer looks back on; 0 is all
+};
+
+struct Model {
+    int32_t format, activation, width, heads, kv_heads, head_width, ffn_width, vocab;
+    float eps;
+};
+
+struct Call {
+    int32_t rows, positions, limit, threads;  // B, T; attention reads slots below limit
+    int64_t first_row;                        // of the cache, where the rows follow one another
+    const int64_t* row;                       // (B,) else
+    const int64_t *at, *slots;                // (B, T); beyond `spare` they are padding, written there
+    int64_t spare;                            // the last slot of a row
+    const float *cosines, *sines;             // (spare + 1 or more, H)
+    const uint8_t* mask;                      // (B, T, limit) which slots are seen, or null: those up to `at`
+    const int64_t* placed;                    // (rows of the cache, spare + 1) the position each slot holds
+};
