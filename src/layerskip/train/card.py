@@ -18,6 +18,8 @@ SETTINGS = (
     "exit_scale",
     "distillation",
     "anchor",
+    "hidden_dropout",
+    "ema_decay",
 )
 """The keys of a recipe that say how exits were trained."""
 

@@ -109,6 +109,8 @@ class CompleteSaves(Trainer):
             self._unfinished = output / UNFINISHED
             try:
                 super()._save_checkpoint(model, trial)
+                if self.args.should_save:
+                    self.save_beside(output / UNFINISHED / name)
             finally:
                 self._unfinished = None
             self.accelerator.wait_for_everyone()
@@ -156,6 +158,9 @@ class CompleteSaves(Trainer):
 
     def check_before_saving(self) -> None:
         """Raises where the model is not worth a checkpoint. For trainers that can tell."""
+
+    def save_beside(self, checkpoint: Path) -> None:
+        """Adds to a checkpoint what a resumed run needs and `Trainer` does not know. On one rank only."""
 
     def kept(self) -> str:
         """What is safe if the run stops now, for messages."""

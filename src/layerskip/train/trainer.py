@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -19,12 +20,14 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from layerskip.errors import NumericalError, RequestError
+from layerskip.train.average import WeightAverage
 from layerskip.train.curriculum import check_curriculum, exit_weights, exits_at
 from layerskip.train.data.encoding import Rows
 from layerskip.train.data.order import LengthBuckets
 from layerskip.train.dropout import LayerDropout
 from layerskip.train.estimate import Estimate, Work, estimate
 from layerskip.train.exits import EarlyExits, ExitQuality
+from layerskip.train.hidden import HiddenDropout
 from layerskip.train.loss import IGNORED, Teachers
 from layerskip.train.rates import rates
 from layerskip.train.saving import CompleteSaves
@@ -46,6 +49,8 @@ class LayerSkipConfig(TrainingArguments):
         anchor: weight of the last layer's divergence from `reference`.
         reference: checkpoint of the anchor's reference model.
         loss_chunk: tokens whose logits are held at a time; 0 holds one exit's whole logits.
+        hidden_dropout: chance that a number added to the states is left out, for families without such a setting.
+        ema_decay: of the moving average of the weights, which is what is evaluated and saved; 0 is no average.
         fully_shard: shard weights and optimizer over the processes (FSDP2), where no launcher's configuration does.
 
     `train_sampling_strategy="group_by_length"` uses `LengthBuckets` for our own rows.
@@ -61,7 +66,8 @@ class LayerSkipConfig(TrainingArguments):
     anchor: float = field(default=0.0, metadata={"help": "weight of the divergence from the reference"})
     reference: str | None = field(default=None, metadata={"help": "checkpoint of the anchor's reference model"})
     loss_chunk: int = field(default=4096, metadata={"help": "tokens whose logits are held at a time; 0 is all"})
-
+    hidden_dropout: float = field(default=0.0, metadata={"help": "chance that a number added to the states is 0"})
+    ema_decay: float = field(default=0.0, metadata={"help": "of the weights' moving average; 0 is no average"})
     fully_shard: bool = field(default=False, metadata={"help": "shard over the processes (FSDP2) without a launcher"})
 
     def teachers(self) -> Teachers:
@@ -103,6 +109,11 @@ class LayerSkipTrainer(CompleteSaves, ShardedTrainer):
             seed=args.seed,
             rank=args.process_index,
         )
+        self.hidden_dropout = HiddenDropout(inner, rate=args.hidden_dropout)
+        self.average = WeightAverage(inner, decay=args.ema_decay)
+        if args.ema_decay:
+            self._check_averaged()
+            self.add_callback(self.average)
         self._micro_steps = (-1, 0)  # optimizer step, batches accumulated in it
         self._sums: dict[int, tuple[Tensor, int]] = {}  # exit -> sum of its losses since the last log, and how many
         self._tokens, self._since = 0, time.perf_counter()
@@ -113,8 +124,9 @@ class LayerSkipTrainer(CompleteSaves, ShardedTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains with dropout and early exits installed; they are gone afterwards, also after an exception."""
-        with self.exits, self.dropout:
+        with self.exits, self.dropout, self.hidden_dropout:
             output = super().train(*args, **kwargs)
+        self.average.finish()
         self.check_before_saving()  # the last steps may have been neither logged nor saved
         return output
 
@@ -177,7 +189,8 @@ class LayerSkipTrainer(CompleteSaves, ShardedTrainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """`Trainer`'s, with what every exit makes of the data beside the loss."""
         self._qualities = {}
-        output = super().evaluation_loop(*args, **kwargs)
+        with self.average.applied():
+            output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         metrics = output.metrics if output.metrics is not None else {}
         for exit, quality in self._qualities.items():
@@ -286,6 +299,24 @@ class LayerSkipTrainer(CompleteSaves, ShardedTrainer):
 
     def _order_seed(self) -> int:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    # -- the average of the weights
+
+    def save_beside(self, checkpoint: Path) -> None:
+        """The average of the weights, where one is kept."""
+        if self.args.ema_decay:
+            self.average.save(checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.args.ema_decay:
+            self.average.load(Path(resume_from_checkpoint))
+
+    def _check_averaged(self) -> None:
+        if self.args.fully_shard or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise RequestError("ema_decay averages whole weights, and these are sharded; leave it out, or do not shard")
+        if self.args.load_best_model_at_end:
+            raise RequestError("ema_decay ends with the average of the last steps; leave load_best_model_at_end out")
 
     # -- what must not be saved
 
