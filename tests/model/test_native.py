@@ -130,6 +130,39 @@ def test_numbers_that_are_not_finite_stay_in_their_row(decoder: Decoder) -> None
     assert bool(logits[1].isfinite().all())
 
 
+def drafted(decoder: Decoder, rows: Any, *, one_by_one: bool) -> tuple[Tensor, ...]:
+    """Ten tokens of two rows of unequal length, the last of them beyond the cache; what the cache then holds."""
+    cache, ids = decoder.cache(rows=4, slots=24), tokens(2)
+    hidden = decoder.embed(ids[:, :17])
+    decoder.run(hidden, torch.arange(17).expand(2, -1), cache, rows=rows, limit=17)
+    last, at, states = ids[:, 17:18], torch.tensor([[17], [12]]), []
+    if not one_by_one:
+        more, hidden = decoder.draft(last, at, cache, 3, 10, rows=rows, limit=18)
+    else:
+        more = last
+        for i in range(11):
+            states.append(decoder.run(decoder.embed(more[:, -1:]), at + i, cache, 0, 3, rows=rows, limit=18 + i))
+            more = torch.cat((more, decoder.logits(states[-1]).argmax(-1)), 1)
+        more, hidden = more[:, 1:-1], torch.cat(states, 1)
+    held = [part[:, :, :24] for part in (*cache.keys, *cache.values)]
+    return more, hidden, *held, cache.positions[:, :24]
+
+
+@pytest.mark.parametrize("rows", [slice(1, 3), torch.tensor([3, 0])], ids=["slice", "index"])
+def test_a_draft_is_what_one_by_one_gives(decoder: Decoder, rows: Any) -> None:
+    expected = drafted(decoder, rows, one_by_one=True)
+    for found, wanted in zip(drafted(decoder, rows, one_by_one=False), expected, strict=True):
+        assert torch.equal(found, wanted)
+    assert expected[0].unique().numel() > 3
+
+
+def test_a_draft_without_kernels_is_the_same(folder: Path) -> None:
+    plain = load_decoder(folder, dtype=torch.float32, weights="plain")
+    expected = drafted(plain, slice(1, 3), one_by_one=True)
+    for found, wanted in zip(drafted(plain, slice(1, 3), one_by_one=False), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
 def test_two_threads_share_one_decoder(decoder: Decoder) -> None:
     expected = score(decoder, tokens(), pieces=[20, 5, 5])
     with ThreadPoolExecutor(4) as pool:

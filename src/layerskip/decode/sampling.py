@@ -184,6 +184,12 @@ class Law:
             return Chosen.of(logits)
         return self._shape(logits)
 
+    @property
+    def largest(self) -> bool:
+        """Whether every row takes the token of its largest raw logit, here and at every prefix from here on."""
+        plain = self.greedy and self._bias is None and self._counts is None and not self._processed
+        return plain and not any(len(ids) < floor for ids, floor in zip(self.ids, self.floors, strict=True))
+
     def extend(self, emitted: Sequence[Sequence[int]]) -> None:
         """Notes the tokens each row emitted (the caller extends `ids` itself)."""
         if self._counts is not None:

@@ -121,6 +121,7 @@ class Decoder(nn.Module):
                 layers=self.layers,
                 norm=self.norm,
                 head=self.get_submodule("head"),
+                embedding=self.embedding.weight,
                 rotations=self._rotations,
             )
 
@@ -198,6 +199,36 @@ class Decoder(nn.Module):
 
             hidden = self.layers[i](hidden, rotation, masks[self.shape.windows[i]], remember)
         return hidden
+
+    def draft(
+        self, tokens: Tensor, at: Tensor, cache: Cache, exit: int, count: int, *, rows: RowIndex, limit: int
+    ) -> tuple[Tensor, Tensor]:
+        """The likeliest tokens after the given ones, one after the other, as the first layers and the head see them.
+
+        Args:
+            tokens: (B, 1) the last known tokens, not yet run.
+            at: (B, 1) their positions.
+            cache: as in `run`.
+            exit: layers 0..exit-1 run.
+            count: tokens to draft.
+            rows: as in `run`.
+            limit: as in `run`, for the given tokens.
+
+        Returns:
+            (B, count) the tokens, and (B, count + 1, D) the states after layer exit-1 of the given ones and of all
+            drafted ones.
+        """
+        if self._native is not None and self._native.drafts:
+            if any(self.shape.windows):
+                steps = (at + torch.arange(count + 1)).clamp(max=cache.slots)
+                cache.place(rows, steps, steps)
+            return self._native.draft(tokens, at, cache, exit, count, rows=rows, limit=min(limit, cache.slots))
+        states = []
+        for i in range(count + 1):
+            states.append(self.run(self.embed(tokens[:, -1:]), at + i, cache, 0, exit, rows=rows, limit=limit + i))
+            if i < count:
+                tokens = torch.cat((tokens, self.logits(states[-1]).argmax(-1)), 1)
+        return tokens[:, 1:], torch.cat(states, 1)
 
     def _rotations(self, positions: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines (n, H) of positions 0..n-1, n at least `positions`."""

@@ -97,4 +97,5 @@ class WeightAverage(TrainerCallback):
         shapes = {name: weight.shape for name, weight in self._weights.items()}
         if {name: weight.shape for name, weight in saved.items()} != shapes:
             raise RequestError(f"{folder / FILE} is the average of another model's weights; use its own checkpoint")
-        self._average = {name: saved[name].to(weight.device) for name, weight in self._weights.items()}  # in their order
+        # in the order of the weights: a file's is alphabetical
+        self._average = {name: saved[name].to(weight.device) for name, weight in self._weights.items()}

@@ -89,7 +89,14 @@ def draft_at(
     Returns:
         The draft, and states (B, K + 1, D) by tap.
     """
-    decoder = rows.decoder
+    decoder, states = rows.decoder, dict[int, Tensor]()
+    if rows.law.largest and not plan.confident and not any(tap < exit for tap in taps):
+        count = min(tokens, plan.length)
+        drafted, hidden = decoder.draft(
+            rows.last, rows.at, rows.cache, exit, count, rows=rows.index, limit=rows.longest
+        )
+        hidden, depth = run_on(rows, hidden, exit, taps, states)
+        return Draft(drafted, hidden=hidden, depth=depth), states
     stations = [*(tap for tap in taps if tap < exit), exit]
     passed: dict[int, list[Tensor]] = {station: [] for station in stations}
 

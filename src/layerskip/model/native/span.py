@@ -6,8 +6,10 @@ weights are: between a span and the next nothing is rounded. B rows, T positions
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from ctypes import Structure, byref, c_float, c_int32, c_int64, c_void_p
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,7 @@ def _struct(name: str, **fields: type) -> type[Structure]:
 
 
 _LINEAR = _struct("Linear", weight=c_void_p, bias=c_void_p, inputs=c_int32, outputs=c_int32)
+_TABLE = _struct("Table", numbers=c_void_p, format=c_int32)
 _LAYER = _struct(
     "Layer",
     **dict.fromkeys(("query_key_value", "output", "gate_up", "down"), _LINEAR),
@@ -53,6 +56,7 @@ class Native:
         layers: its layers, their linear layers as `Blocks`.
         norm: the final norm.
         head: the head.
+        embedding: (V, D).
         rotations: positions -> cosines and sines (at least so many, H), float32.
 
     Raises:
@@ -66,6 +70,7 @@ class Native:
         layers: nn.ModuleList,
         norm: nn.RMSNorm,
         head: nn.Module,
+        embedding: Tensor,
         rotations: Callable[[int], tuple[Tensor, Tensor]],
     ) -> None:
         self._library, self._shape, self._rotations = library(), shape, rotations
@@ -76,7 +81,7 @@ class Native:
         self._model = _MODEL(FORMATS[head.weight.dtype], ACTIVATIONS[s.activation], *sizes, s.eps)
         self._layers = (_LAYER * s.layers)(*map(self._layer, layers, s.windows))
         self._head, self._norm = self._linear(head), self._numbers(norm.weight)
-        self._windowed = any(s.windows)
+        self._table = embedding
 
     def run(
         self,
@@ -93,12 +98,46 @@ class Native:
     ) -> Tensor:
         """As `Decoder.run`. Positions and slots past the cache are padding; the kernels find them."""
         hidden = hidden.clone(memory_format=torch.contiguous_format)
+        with self._call(at, cache, rows=rows, slots=slots, mask=mask, limit=limit) as call:
+            self._library.layerskip_span(
+                byref(self._model), self._layers, first, last, c_void_p(hidden.data_ptr()), call, *cache.addresses()
+            )
+        return hidden
+
+    def draft(
+        self, tokens: Tensor, at: Tensor, cache: Cache, exit: int, count: int, *, rows: RowIndex, limit: int
+    ) -> tuple[Tensor, Tensor]:
+        """As `Decoder.draft`."""
+        drafted = torch.empty(count + 1, tokens.shape[0], dtype=torch.long)
+        drafted[0] = tokens[:, 0]
+        states = torch.empty(count + 1, tokens.shape[0], self._shape.width)
+        with self._call(at, cache, rows=rows, slots=None, mask=None, limit=limit) as call:
+            self._library.layerskip_draft(
+                byref(self._model),
+                self._layers,
+                exit,
+                byref(self._head),
+                c_void_p(self._norm),
+                byref(_TABLE(self._table.data_ptr(), FORMATS[self._table.dtype])),
+                call,
+                *cache.addresses(),
+                count,
+                c_void_p(drafted.data_ptr()),
+                c_void_p(states.data_ptr()),
+            )
+        return drafted[1:].T, states.transpose(0, 1)
+
+    @contextmanager
+    def _call(
+        self, at: Tensor, cache: Cache, *, rows: RowIndex, slots: Tensor | None, mask: Tensor | None, limit: int
+    ) -> Iterator[Any]:
+        """Where the positions of a call are; what it points to lives as long as the context."""
         at, slots = at.contiguous(), None if slots is None else slots.contiguous()
         mask = None if mask is None else mask.contiguous()
         cosines, sines = self._rotations(cache.slots + 1)
         index = None if isinstance(rows, slice) else rows.contiguous()
         call = _CALL(
-            *hidden.shape[:2],
+            *at.shape,
             limit,
             torch.get_num_threads(),
             rows.start or 0 if isinstance(rows, slice) else 0,
@@ -111,11 +150,12 @@ class Native:
             _address(mask),
             cache.positions.data_ptr(),
         )
-        keys, values = cache.addresses()
-        self._library.layerskip_span(
-            byref(self._model), self._layers, first, last, c_void_p(hidden.data_ptr()), byref(call), keys, values
-        )
-        return hidden
+        yield byref(call)
+
+    @property
+    def drafts(self) -> bool:
+        """Whether the kernels can look tokens up: a tied embedding keeps the dtype of its file, maybe float16."""
+        return self._table.dtype in FORMATS and self._table.is_contiguous()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V) float32."""

@@ -12,6 +12,11 @@ struct Linear {
     int32_t inputs, outputs;  // filled up with zeros: to an even number, to whole blocks
 };
 
+struct Table {
+    const void* numbers;  // (vocabulary, D)
+    int32_t format;       // 0 float32, 1 bfloat16
+};
+
 struct Layer {
     Linear query_key_value, output, gate_up, down;  // blocks of gate and up take turns
     const float *attention_norm, *mlp_norm, *query_norm, *key_norm;
