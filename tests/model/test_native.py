@@ -156,6 +156,24 @@ def test_a_draft_is_what_one_by_one_gives(decoder: Decoder, rows: Any) -> None:
     assert expected[0].unique().numel() > 3
 
 
+def test_a_draft_stops_where_it_is_told(decoder: Decoder) -> None:
+    told: list[list[float]] = []
+
+    def stop(sure: list[float]) -> bool:
+        told.append(sure)
+        return len(told) == 3
+
+    cache, ids = decoder.cache(rows=2, slots=24), tokens(2)
+    at = torch.full((2, 1), 17)
+    decoder.run(decoder.embed(ids[:, :17]), torch.arange(17).expand(2, -1), cache)
+    more, states = decoder.draft(ids[:, 17:18], at, cache, 3, 5, rows=slice(0, 2), limit=18, stop=stop)
+    whole, all_states = decoder.draft(ids[:, 17:18], at, cache, 3, 5, rows=slice(0, 2), limit=18)
+    assert torch.equal(more, whole[:, :3])
+    assert torch.equal(states, all_states[:, :4])
+    expected = decoder.logits(all_states[:, :3]).softmax(-1).amax(-1)
+    torch.testing.assert_close(torch.tensor(told).T, expected)
+
+
 def test_a_draft_without_kernels_is_the_same(folder: Path) -> None:
     plain = load_decoder(folder, dtype=torch.float32, weights="plain")
     expected = drafted(plain, slice(1, 3), one_by_one=True)

@@ -201,7 +201,16 @@ class Decoder(nn.Module):
         return hidden
 
     def draft(
-        self, tokens: Tensor, at: Tensor, cache: Cache, exit: int, count: int, *, rows: RowIndex, limit: int
+        self,
+        tokens: Tensor,
+        at: Tensor,
+        cache: Cache,
+        exit: int,
+        count: int,
+        *,
+        rows: RowIndex,
+        limit: int,
+        stop: Callable[[list[float]], bool] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The likeliest tokens after the given ones, one after the other, as the first layers and the head see them.
 
@@ -210,24 +219,33 @@ class Decoder(nn.Module):
             at: (B, 1) their positions.
             cache: as in `run`.
             exit: layers 0..exit-1 run.
-            count: tokens to draft.
+            count: K, tokens to draft at most.
             rows: as in `run`.
             limit: as in `run`, for the given tokens.
+            stop: given the probability of the token just drafted in each row, whether to draft no more. Asking takes a
+                softmax over the vocabulary.
 
         Returns:
-            (B, count) the tokens, and (B, count + 1, D) the states after layer exit-1 of the given ones and of all
+            (B, K) the tokens, and (B, K + 1, D) the states after layer exit-1 of the given ones and of all
             drafted ones.
         """
         if self._native is not None and self._native.drafts:
             if any(self.shape.windows):
                 steps = (at + torch.arange(count + 1)).clamp(max=cache.slots)
                 cache.place(rows, steps, steps)
-            return self._native.draft(tokens, at, cache, exit, count, rows=rows, limit=min(limit, cache.slots))
-        states = []
-        for i in range(count + 1):
+            return self._native.draft(
+                tokens, at, cache, exit, count, rows=rows, limit=min(limit, cache.slots), stop=stop
+            )
+        states = list[Tensor]()
+        while True:
+            i = len(states)
             states.append(self.run(self.embed(tokens[:, -1:]), at + i, cache, 0, exit, rows=rows, limit=limit + i))
-            if i < count:
-                tokens = torch.cat((tokens, self.logits(states[-1]).argmax(-1)), 1)
+            if i == count:
+                break
+            logits = self.logits(states[-1])
+            tokens = torch.cat((tokens, logits.argmax(-1)), 1)
+            if stop is not None and stop(largest_probability(logits)):
+                count = i + 1
         return tokens[:, 1:], torch.cat(states, 1)
 
     def _rotations(self, positions: int) -> tuple[Tensor, Tensor]:
@@ -251,6 +269,12 @@ class Decoder(nn.Module):
         if window is not None:
             mask = mask & (cache.positions[rows, None, :limit] > at[..., None] - window)
         return torch.zeros(mask.shape, dtype=self.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)[:, None]
+
+
+def largest_probability(logits: Tensor) -> list[float]:
+    """Of each row (B, 1, V)."""
+    found: list[float] = logits[:, 0].float().softmax(-1).amax(-1).tolist()
+    return found
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ from layerskip.decode.controllers import Plan
 from layerskip.decode.draft import Rows
 from layerskip.decode.randomness import Purpose
 from layerskip.decode.sampling import draw
+from layerskip.model.decoder import largest_probability
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,33 @@ class Chain:
     proposals: list[Tensor] | None
     lengths: Tensor | None
     confidence: list[list[float]] | None = None
+
+
+class Ends:
+    """Where the rows' drafts end: a row that its plan stops stays stopped.
+
+    Args:
+        plan: of the round.
+        rows: B.
+        count: the most tokens.
+    """
+
+    def __init__(self, plan: Plan, *, rows: int, count: int) -> None:
+        self._plan, self._lengths = plan, [count] * rows
+        self.confidence: list[list[float]] | None = [] if plan.confident else None
+
+    def __call__(self, confidence: list[float]) -> bool:
+        """Takes up how sure the drafter was of a token of each row; whether every row has stopped."""
+        assert self.confidence is not None
+        self.confidence.append(confidence)
+        drafted, stops = len(self.confidence), self._plan.stop(confidence)
+        self._lengths = [min(n, drafted) if stop else n for n, stop in zip(self._lengths, stops, strict=True)]
+        return max(self._lengths) <= drafted
+
+    def lengths(self, drafted: Tensor) -> Tensor | None:
+        """(B,) how many of the drafted tokens (B, K) count in each row; None where all do."""
+        ragged = min(self._lengths) < drafted.shape[1]
+        return torch.tensor(self._lengths, device=drafted.device) if ragged else None
 
 
 def draw_chain(
@@ -41,7 +69,7 @@ def draw_chain(
     count = min(tokens, plan.length)
     numbers = rows.uniform(Purpose.TOKEN if matched else Purpose.DRAFT, count)
     token, drafted, proposals = rows.last, rows.last[:, :0], []
-    lengths, sure = [count] * len(rows.ids), list[list[float]]()
+    ends = Ends(plan, rows=len(rows.ids), count=count)
     for i in range(count):
         logits = step(token, i)
         known = torch.ones(1, i, dtype=torch.bool, device=token.device)
@@ -50,17 +78,8 @@ def draw_chain(
         drafted = torch.cat((drafted, token), 1)
         if isinstance(law, Tensor):
             proposals.append(law[:, 0])
-        if plan.confident:
-            sure.append(logits[:, 0].float().softmax(-1).amax(-1).tolist())
-            lengths = [min(n, i + 1) if stop else n for n, stop in zip(lengths, plan.stop(sure[-1]), strict=True)]
-            if max(lengths) <= i + 1:  # every row has stopped
-                break
+        if plan.confident and ends(largest_probability(logits)):
+            break
     # a one-hot law chooses rather than draws: sample-and-match needs no law
     chosen = matched or rows.law.greedy
-    ragged = min(lengths) < drafted.shape[1]
-    return Chain(
-        drafted,
-        None if chosen else proposals,
-        torch.tensor(lengths, device=drafted.device) if ragged else None,
-        sure if plan.confident else None,
-    )
+    return Chain(drafted, None if chosen else proposals, ends.lengths(drafted), ends.confidence)

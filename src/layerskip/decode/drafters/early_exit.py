@@ -13,7 +13,7 @@ from torch import Tensor
 
 from layerskip.decode.controllers import Controller, Plan, controller_for
 from layerskip.decode.draft import Draft, Outcome, Rows
-from layerskip.decode.drafters.chain import draw_chain
+from layerskip.decode.drafters.chain import Ends, draw_chain
 from layerskip.errors import RequestError, check_whole
 from layerskip.model.decoder import Decoder
 
@@ -90,13 +90,17 @@ def draft_at(
         The draft, and states (B, K + 1, D) by tap.
     """
     decoder, states = rows.decoder, dict[int, Tensor]()
-    if rows.law.largest and not plan.confident and not any(tap < exit for tap in taps):
+    if rows.law.largest and not any(tap < exit for tap in taps):
         count = min(tokens, plan.length)
+        ends = Ends(plan, rows=len(rows.ids), count=count)
+        stop = ends if plan.confident else None
         drafted, hidden = decoder.draft(
-            rows.last, rows.at, rows.cache, exit, count, rows=rows.index, limit=rows.longest
+            rows.last, rows.at, rows.cache, exit, count, rows=rows.index, limit=rows.longest, stop=stop
         )
         hidden, depth = run_on(rows, hidden, exit, taps, states)
-        return Draft(drafted, hidden=hidden, depth=depth), states
+        return Draft(
+            drafted, lengths=ends.lengths(drafted), hidden=hidden, depth=depth, confidence=ends.confidence
+        ), states
     stations = [*(tap for tap in taps if tap < exit), exit]
     passed: dict[int, list[Tensor]] = {station: [] for station in stations}
 

@@ -31,15 +31,15 @@ void layerskip_predict(const Model* model, const Linear* head, const float* norm
         predict<Half, Beside>(*model, *head, norm, hidden, positions, out, threads);
 }
 
-// Drafts `count` tokens for every row, the likeliest at `exit` each time: `tokens` (count + 1, B), of which the first B
-// are given, and `states` (count + 1, B, D) of all of them at the exit.
-void layerskip_draft(const Model* model, const Layer* layers, int32_t exit, const Linear* head, const float* norm,
-                     const Table* table, const Call* call, void* const* keys, void* const* values, int32_t count,
-                     int64_t* tokens, float* states) {
+// Drafts up to `count` tokens for every row, the likeliest at `exit` each time, and says how many: `tokens`
+// (count + 1, B), of which the first B are given, and `states` (count + 1, B, D) of all of them at the exit.
+int32_t layerskip_draft(const Model* model, const Layer* layers, int32_t exit, const Linear* head, const float* norm,
+                        const Table* table, const Call* call, void* const* keys, void* const* values, int32_t count,
+                        Stop stop, int64_t* tokens, float* states) {
     if (model->format == 0)
-        draft<float, float>(*model, layers, exit, *head, norm, *table, *call, keys, values, count, tokens, states);
-    else
-        draft<Half, Beside>(*model, layers, exit, *head, norm, *table, *call, keys, values, count, tokens, states);
+        return draft<float, float>(*model, layers, exit, *head, norm, *table, *call, keys, values, count, stop, tokens,
+                                   states);
+    return draft<Half, Beside>(*model, layers, exit, *head, norm, *table, *call, keys, values, count, stop, tokens, states);
 }
 
 }

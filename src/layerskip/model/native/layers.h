@@ -131,36 +131,43 @@ template <class W> void embed(const Table& table, const int64_t* tokens, int cou
         }
 }
 
-// The first of the largest.
-int64_t largest(const float* x, int count) {
-    float most = -INFINITY;
+// The first of the largest, and its probability where that is asked for.
+int64_t largest(const float* x, int count, float* probability) {
+    float most = -INFINITY, sum = 0;
 #pragma omp simd reduction(max : most)
     for (int i = 0; i < count; i++) most = x[i] > most ? x[i] : most;
+    if (probability) {
+#pragma omp simd reduction(+ : sum)
+        for (int i = 0; i < count; i++) sum += exponential(x[i] - most);
+        *probability = 1.0f / sum;
+    }
     for (int i = 0; i < count; i++)
         if (x[i] == most) return i;
     return 0;  // none is a number: what follows does not matter
 }
 
-// `count` tokens a row, each the likeliest after the one before it at `exit`. `tokens` (count + 1, B) begins with the
-// last known ones; `states` (count + 1, B, D) are those of all of them at the exit.
+// Up to `count` tokens a row, each the likeliest after the one before it at `exit`; how many. `tokens` (count + 1, B)
+// begins with the last known ones; `states` (count + 1, B, D) are those of all of them at the exit.
 template <class W, class X>
-void draft(const Model& model, const Layer* layers, int exit, const Linear& head, const float* weight, const Table& table,
-           Call call, void* const* keys, void* const* values, int count, int64_t* tokens, float* states) {
+int draft(const Model& model, const Layer* layers, int exit, const Linear& head, const float* weight, const Table& table,
+           Call call, void* const* keys, void* const* values, int count, Stop stop, int64_t* tokens, float* states) {
     const int rows = call.rows;
     int64_t* at = room<int64_t, 9>(rows);
     float* logits = room<float, 10>(size_t(rows) * model.vocab);
     std::memcpy(at, call.at, rows * sizeof(int64_t));
     call.at = at;
+    float* sure = stop ? room<float, 11>(rows) : nullptr;
     for (int i = 0;; i++) {
         float* hidden = states + size_t(i) * rows * model.width;
         embed<W>(table, tokens + size_t(i) * rows, rows, model.width, hidden);
         span<W, X>(model, layers, 0, exit, hidden, call, keys, values);
-        if (i == count) return;
+        if (i == count) return count;
         predict<W, X>(model, head, weight, hidden, rows, logits, call.threads);
         for (int b = 0; b < rows; b++) {
-            tokens[size_t(i + 1) * rows + b] = largest(logits + size_t(b) * model.vocab, model.vocab);
+            tokens[size_t(i + 1) * rows + b] = largest(logits + size_t(b) * model.vocab, model.vocab, sure ? sure + b : nullptr);
             at[b]++;
         }
+        if (stop && stop(sure)) count = i + 1;
         call.limit += call.limit < call.spare;
     }
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from ctypes import Structure, byref, c_float, c_int32, c_int64, c_void_p
+from ctypes import CFUNCTYPE, POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
 from typing import Any
 
 import torch
@@ -46,6 +46,8 @@ _CALL = _struct(
     spare=c_int64,
     **dict.fromkeys(("cosines", "sines", "mask", "placed"), c_void_p),
 )
+
+_STOP = CFUNCTYPE(c_int32, POINTER(c_float))
 
 
 class Native:
@@ -105,14 +107,23 @@ class Native:
         return hidden
 
     def draft(
-        self, tokens: Tensor, at: Tensor, cache: Cache, exit: int, count: int, *, rows: RowIndex, limit: int
+        self,
+        tokens: Tensor,
+        at: Tensor,
+        cache: Cache,
+        exit: int,
+        count: int,
+        *,
+        rows: RowIndex,
+        limit: int,
+        stop: Callable[[list[float]], bool] | None,
     ) -> tuple[Tensor, Tensor]:
         """As `Decoder.draft`."""
         drafted = torch.empty(count + 1, tokens.shape[0], dtype=torch.long)
         drafted[0] = tokens[:, 0]
         states = torch.empty(count + 1, tokens.shape[0], self._shape.width)
         with self._call(at, cache, rows=rows, slots=None, mask=None, limit=limit) as call:
-            self._library.layerskip_draft(
+            done = self._library.layerskip_draft(
                 byref(self._model),
                 self._layers,
                 exit,
@@ -122,10 +133,11 @@ class Native:
                 call,
                 *cache.addresses(),
                 count,
+                _STOP(0) if stop is None else _STOP(lambda sure: stop(sure[: len(tokens)])),
                 c_void_p(drafted.data_ptr()),
                 c_void_p(states.data_ptr()),
             )
-        return drafted[1:].T, states.transpose(0, 1)
+        return drafted[1 : done + 1].T, states[: done + 1].transpose(0, 1)
 
     @contextmanager
     def _call(

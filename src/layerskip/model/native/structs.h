@@ -38,3 +38,5 @@ struct Call {
     const uint8_t* mask;                      // (B, T, limit) which slots are seen, or null: those up to `at`
     const int64_t* placed;                    // (rows of the cache, spare + 1) the position each slot holds
 };
+
+typedef int32_t (*Stop)(const float* probabilities);  // (B,) of the tokens just drafted: whether they are the last
