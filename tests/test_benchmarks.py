@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import agreement, contest, side_by_side, table, texts, vocabulary, weights, zipf
+from benchmarks import agreement, contest, growth, rounds, side_by_side, table, texts, vocabulary, weights, zipf
 from benchmarks.agreement import Found, Wanted
 from benchmarks.peers import PEERS, PeerRun
+from benchmarks.questions import Question
 from benchmarks.worker import PeerFailed, Worker
 from layerskip import EarlyExit, RequestError, load
 from layerskip.decode.acceptance import Acceptance
+from layerskip.model.decoder import Decoder
 
 TINY = weights.SIZES["tiny"]
 SETTINGS = side_by_side.Settings(
@@ -295,3 +297,42 @@ def test_the_shipped_model_stops_where_its_text_ends() -> None:
     assert name == "shipped"
     assert len(found) == 2
     assert all(1 < question.new_tokens < 128 for question in found)
+
+
+# -- rounds and growth
+
+
+def test_the_parts_of_a_round_are_all_of_it(made: Path) -> None:
+    llm = load(made, dtype="float32")
+    asked = [Question(list(range(3, 20)), 16)]
+    found = rounds.measure(llm, asked, exit=TINY.exit, count=3, pairs=2)
+    assert set(found["round"]) == set(rounds.PARTS)
+    assert all(found["round"][part]["low"] >= 0 for part in rounds.PARTS if part != "Python")
+    assert 1 <= found["tokens_per_round"] <= 4
+    turn = {
+        "seconds": 12.0,
+        "rounds": 10,
+        "tokens": 30,
+        "parts": {"run": 4.0, "logits": 1.0, "draft": 3.0, "__call__": 1.0},
+    }
+    alone = dict.fromkeys(("plain layers", "draft layers", "verify layers", "head", "verify head"), 0.1)
+    alone |= {"draft layers, no slots": 0.075, "verify layers, no slots": 0.05}
+    parts = rounds.split(turn, alone, count=2)  # of 5 equal parts of a draft, 3 are layers
+    assert parts["draft head"] == pytest.approx(0.12)
+    assert parts["attention"] == pytest.approx(0.18 / 4 + 0.4 / 2)
+    assert sum(parts.values()) == pytest.approx(1.2)
+    assert "exit" in rounds.lines(found | {"model": {"name": "x", "dtype": "float32", "weights": "plain"}})[0]
+
+
+def test_the_watch_leaves_nothing_behind() -> None:
+    before = Decoder.run, Decoder.logits, Decoder.draft
+    with rounds.Watch():
+        assert before[0] is not Decoder.run
+    assert before == (Decoder.run, Decoder.logits, Decoder.draft)
+
+
+def test_nothing_grows_with_requests(made: Path) -> None:
+    llm = load(made, dtype="float32", max_batch=4)
+    found = growth.serve(llm, draft=EarlyExit(TINY.exit), requests=75)
+    assert found[-1] - found[1] < 2**22
+    assert growth.compiled() == 0
