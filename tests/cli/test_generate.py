@@ -217,13 +217,7 @@ def test_comparison_names_the_first_difference(
 
 def accept_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Breaks verification: every drafted token is kept."""
-    verify = batch.verify_chain
-
-    def wrong(target: Any, drafted: Any, **settings: Any) -> Any:
-        target.tokens[:, : drafted.shape[1]] = drafted
-        return verify(target, drafted, **{**settings, "proposals": None})
-
-    monkeypatch.setattr(batch, "verify_chain", wrong)
+    monkeypatch.setattr(batch, "verify_chosen", lambda own, drafted: [*drafted, own[len(drafted)]])
 
 
 def test_neither_run_spares_the_other_its_prompt(

@@ -112,6 +112,25 @@ def verify_chain(
     return Verdict(accepted, path, token)
 
 
+def verify_chosen(own: Sequence[int], drafted: Sequence[int]) -> list[int]:
+    """What follows the last known token of a row where every law chooses: what `verify_chain` gives, on the host.
+
+    Args:
+        own: the K + 1 tokens that the target chooses after each node.
+        drafted: K or fewer tokens.
+
+    Returns:
+        The drafted tokens up to the first that is not the chosen one, and the chosen one after them.
+
+    Example: as above, the laws choose 2, 0, 1 and the draft said 2, 1
+
+        >>> verify_chosen([2, 0, 1], [2, 1])
+        [2, 0]
+    """
+    kept = next((i for i, token in enumerate(drafted) if token != own[i]), len(drafted))
+    return list(own[: kept + 1])
+
+
 def verify_tree(target: Laws, tokens: Tensor, parents: Tensor, *, depth: int, uniforms: Uniforms) -> Verdict:
     """Verifies a tree of chosen tokens by sample-and-match: draw from the law at a node, descend if the draw is a
     child.
