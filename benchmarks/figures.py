@@ -63,10 +63,15 @@ def summary(record: Mapping[str, Any], ways: Sequence[Way]) -> dict[str, Any]:
             ratio(ours, theirs, turns)
             for ours in there
             for theirs in there
-            if ours.peer == OWN and ours is not theirs and (theirs.peer != OWN or theirs == PLAIN)
+            if ours.peer == OWN and ours is not theirs and (theirs.peer != OWN or theirs == PLAIN or is_auto(ours))
         ],
         "bandwidth_share": Spread.of(read).record(),
     }
+
+
+def is_auto(way: Way) -> bool:
+    """Whether it chooses its drafts itself."""
+    return way.draft is not None and way.draft.auto
 
 
 def result(way: Way, turns: Sequence[Turn]) -> dict[str, Any]:
@@ -75,6 +80,7 @@ def result(way: Way, turns: Sequence[Turn]) -> dict[str, Any]:
     return {
         "name": way.name,
         "peer": way.peer,
+        "kind": "plain" if way.draft is None else "auto" if way.draft.auto else "early exit",
         "exit": None if way.draft is None else way.draft.exit,
         "draft_tokens": None if way.draft is None else way.draft.tokens,
         "confidence": None if way.draft is None else way.draft.confidence,

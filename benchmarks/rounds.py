@@ -28,7 +28,7 @@ import torch
 from benchmarks.questions import Question, questions
 from benchmarks.side_by_side import SHIPPED, checkpoint
 from layerskip import EarlyExit
-from layerskip.decode.sampling import Law
+from layerskip.decode.sampling import Chosen, Law
 from layerskip.evaluate import record
 from layerskip.evaluate.follow import fresh
 from layerskip.evaluate.record import Spread
@@ -46,10 +46,15 @@ class Watch:
         self._kept: list[tuple[type, str, Any]] = []
 
     def __enter__(self) -> Watch:
-        for owner, name in ((Decoder, "run"), (Decoder, "logits"), (Decoder, "draft"), (Law, "__call__")):
-            called = getattr(owner, name)
+        for owner, name in (
+            *((Decoder, name) for name in ("run", "logits", "draft")),
+            (Law, "__call__"),
+            (Chosen, "of"),
+        ):
+            called = vars(owner)[name]
             self._kept.append((owner, name, called))
-            setattr(owner, name, self._watched(name, called))
+            watched = self._watched(name, getattr(owner, name))
+            setattr(owner, name, staticmethod(watched) if isinstance(called, classmethod) else watched)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -134,7 +139,7 @@ def split(turn: dict[str, Any], parts: dict[str, float], *, count: int) -> dict[
         "verify layers": spent["run"] * (1.0 - shares["verify layers"]),
         "verify head": spent["logits"],
         "attention": draft_layers * shares["draft layers"] + spent["run"] * shares["verify layers"],
-        "sampling": spent["__call__"],
+        "sampling": max(spent.get("__call__", 0.0), spent.get("of", 0.0)),  # a law that chooses is one inside the other
     }
     return found | {"Python": turn["seconds"] / turn["rounds"] - sum(found.values())}
 

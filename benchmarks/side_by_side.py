@@ -15,7 +15,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -144,12 +144,13 @@ def compare(
 
 
 def ways_of(peers: tuple[str, ...], trials: dict[str, Any]) -> list[Way]:
-    """Each engine plainly, and with its fastest draft; our own first."""
+    """Each engine plainly, and with its fastest draft; our own first, also with drafts it chooses itself."""
     ways: list[Way] = []
     for peer in peers:
         ways.append(Way(peer))
         if peer in trials:
-            ways.append(Way(peer, Draft(**trials[peer][0]["draft"])))
+            fastest = Draft(**trials[peer][0]["draft"])
+            ways += [Way(peer, fastest), *([Way(peer, replace(fastest, auto=True))] if peer == OWN else [])]
     return ways
 
 

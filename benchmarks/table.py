@@ -26,23 +26,22 @@ class Target:
     """A ratio of decode tokens/s that is aimed at.
 
     Args:
-        speculates: of our self-speculation, else of our plain decoding.
+        ours: kind of our decoding: "plain", "early exit" (with a fixed number of tokens) or "auto".
         peer: against this engine.
-        early: against its self-speculation, else against its plain decoding.
+        theirs: kind of its decoding.
         goals: (must, aim) by checkpoint; an aim that is missing is the must.
     """
 
-    speculates: bool
+    ours: str
     peer: str
-    early: bool
+    theirs: str
     goals: Mapping[str, tuple[float, ...]]
 
     @property
     def name(self) -> str:
         """The row's heading."""
-        ours = "self-speculative" if self.speculates else "plain"
-        theirs = "own plain" if self.peer == OWN else f"{self.peer} {'early exit' if self.early else 'plain'}"
-        return f"{ours} / {theirs}"
+        ours = "self-speculative" if self.ours == "early exit" else self.ours
+        return f"{ours} / {'own' if self.peer == OWN else self.peer} {self.theirs}"
 
 
 def _same(*goal: float) -> dict[str, tuple[float, ...]]:
@@ -55,20 +54,21 @@ def _sizes(*goals: tuple[float, ...]) -> dict[str, tuple[float, ...]]:
 
 TARGETS = {
     "bfloat16": [
-        Target(False, "transformers", False, _sizes((2.6, 3.5), (1.9, 2.4), (2.4, 2.8))),
-        Target(True, "transformers", False, _sizes((4, 6), (3, 4.2), (3.4, 4.8)) | {"shipped": (5, 8)}),
-        Target(True, "transformers", True, _sizes((2.5, 3.5), (2.6, 3.5), (2.6, 3.5))),
-        Target(True, "llama.cpp", False, _sizes((0.9, 1.2), (1.25, 1.6), (1.2, 1.6))),
-        Target(True, "openvino-genai", False, {"110m": (1.2, 1.6), "1.2b": (1.2, 1.5)}),
-        Target(True, OWN, False, _sizes((1.6, 2), (1.6, 1.85), (1.45, 1.7)) | {"shipped": (1.9, 2.4)}),
+        Target("plain", "transformers", "plain", _sizes((2.6, 3.5), (1.9, 2.4), (2.4, 2.8))),
+        Target("early exit", "transformers", "plain", _sizes((4, 6), (3, 4.2), (3.4, 4.8)) | {"shipped": (5, 8)}),
+        Target("early exit", "transformers", "early exit", _sizes((2.5, 3.5), (2.6, 3.5), (2.6, 3.5))),
+        Target("early exit", "llama.cpp", "plain", _sizes((0.9, 1.2), (1.25, 1.6), (1.2, 1.6))),
+        Target("early exit", "openvino-genai", "plain", {"110m": (1.2, 1.6), "1.2b": (1.2, 1.5)}),
+        Target("early exit", OWN, "plain", _sizes((1.6, 2), (1.6, 1.85), (1.45, 1.7)) | {"shipped": (1.9, 2.4)}),
+        Target("auto", OWN, "early exit", _same(0.95, 1) | {"shipped": (0.95, 1)}),
     ],
     "float32": [
-        Target(False, "transformers", False, _same(2.3)),
-        Target(True, "transformers", False, _same(3) | {"shipped": (5, 8)}),
-        Target(True, "transformers", True, {}),
-        Target(True, "llama.cpp", False, {"110m": (0.9, 1.2)}),
-        Target(True, "openvino-genai", False, {}),
-        Target(True, OWN, False, {"shipped": (1.9, 2.4)}),
+        Target("plain", "transformers", "plain", _same(2.3)),
+        Target("early exit", "transformers", "plain", _same(3) | {"shipped": (5, 8)}),
+        Target("early exit", "transformers", "early exit", {}),
+        Target("early exit", "llama.cpp", "plain", {"110m": (0.9, 1.2)}),
+        Target("early exit", "openvino-genai", "plain", {}),
+        Target("early exit", OWN, "plain", {"shipped": (1.9, 2.4)}),
     ],
 }
 BANDWIDTH = {"bfloat16": {"110m": (0.4, 0.5), "1.2b": (0.75, 0.9)}}
@@ -121,8 +121,7 @@ def _found(record: Mapping[str, Any], target: Target) -> Mapping[str, Any] | Non
     results = {result["name"]: result for result in record["results"]}
     for each in record["ratios"]:
         ours, theirs = results[each["of"]], results[each["against"]]
-        asked = (target.speculates, target.peer, target.early)
-        if (ours["exit"] is not None, theirs["peer"], theirs["exit"] is not None) == asked:
+        if (ours["kind"], theirs["peer"], theirs["kind"]) == (target.ours, target.peer, target.theirs):
             found: Mapping[str, Any] = each["decode"]
             return found
     return None

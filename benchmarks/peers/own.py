@@ -1,4 +1,4 @@
-"""This package: plain decoding and early-exit drafts."""
+"""This package: plain decoding, early-exit drafts, and drafts that it chooses itself."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from pathlib import Path
 import torch
 
 from benchmarks.peers.peer import Draft, PeerRun, missing
-from layerskip.decode.drafters import EarlyExit
+from layerskip.decode.draft import Drafter
+from layerskip.decode.drafters import Auto, EarlyExit
 from layerskip.evaluate.follow import fresh
 from layerskip.llm import LLM, load
 
 
 class Own:
-    """`LLM.stream`; every run begins with an empty cache."""
+    """`LLM.stream`; every run begins with an empty cache, but auto keeps what it has learnt, as in a program."""
 
     package = "layerskip"
 
     def __init__(self) -> None:
         self._llm: LLM | None = None
+        self._autos: dict[int, Auto] = {}
 
     def available(self) -> str | None:
         """It is here."""
@@ -42,7 +44,7 @@ class Own:
     def run(self, prompt: Sequence[int], *, new_tokens: int, draft: Draft | None = None) -> PeerRun:
         """Continues a prompt."""
         assert self._llm is not None
-        drafter = None if draft is None else EarlyExit(draft.exit, tokens=draft.tokens, confidence=draft.confidence)
+        drafter = None if draft is None else self._drafter(draft)
         llm = fresh(self._llm)
         began = time.perf_counter()
         arrivals = []
@@ -57,3 +59,8 @@ class Own:
             total=total,
             rounds=len(arrivals),
         )
+
+    def _drafter(self, draft: Draft) -> Drafter:
+        if draft.auto:
+            return self._autos.setdefault(draft.exit, Auto(exit=draft.exit))
+        return EarlyExit(draft.exit, tokens=draft.tokens, confidence=draft.confidence)

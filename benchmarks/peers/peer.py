@@ -20,15 +20,19 @@ class Draft:
         exit: E, layers that draft.
         tokens: K, the most tokens of a draft.
         confidence: stop a draft after a token whose probability is below this; None never stops.
+        auto: the engine chooses while it decodes, beginning with this exit.
     """
 
     exit: int
     tokens: int
     confidence: float | None = None
+    auto: bool = False
 
     @property
     def name(self) -> str:
-        """As reports call it: "early-exit:3 K=4"."""
+        """As reports call it: "early-exit:3 K=4", or "auto"."""
+        if self.auto:
+            return "auto"
         sure = "" if self.confidence is None else f" confidence={self.confidence:g}"
         return f"early-exit:{self.exit} K={self.tokens}{sure}"
 
