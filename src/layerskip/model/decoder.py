@@ -7,12 +7,14 @@ Sizes: B rows, T new positions, S cache slots, D width, V vocabulary; N query he
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layerskip.model.cache import Cache, RowIndex
+from layerskip.model.compiled import Compiled
 from layerskip.model.native.span import Native
 from layerskip.model.pack import Fan, pack
 from layerskip.model.rope import cos_sin
@@ -88,6 +90,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.shape, self.layout = shape, "plain"  # of the weights, as `pack` calls it
         self._native: Native | None = None
+        self.compiled: Compiled | None = None
         self.embedding = Table(shape.vocab, shape.width)
         self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.layers))
         self.norm = nn.RMSNorm(shape.width, shape.eps)
@@ -125,6 +128,15 @@ class Decoder(nn.Module):
                 rotations=self._rotations,
             )
 
+    def compile(self, *, backend: str = "inductor") -> None:
+        """Runs spans and head as compiled graphs from now on; for plain weights.
+
+        Args:
+            backend: of torch.compile.
+        """
+        head = nn.Sequential(self.norm, self.head)
+        self.compiled = Compiled(list(self.layers), self.shape.windows, head, device=self.device, backend=backend)
+
     def cache(self, *, rows: int, slots: int) -> Cache:
         """An empty cache for this model. Raises CapacityError where it does not fit."""
         return Cache(self.shape, rows=rows, slots=slots, dtype=self.dtype, device=self.device)
@@ -138,6 +150,8 @@ class Decoder(nn.Module):
         """Hidden states (..., D) at any depth -> (..., V), through the one shared norm and head."""
         if self._native is not None:
             return self._native.logits(hidden)
+        if self.compiled is not None and (found := self.compiled.logits(hidden)) is not None:
+            return found
         out: Tensor = self.head(self.norm(hidden))
         return out
 
@@ -188,8 +202,24 @@ class Decoder(nn.Module):
         at = at.clamp(max=cache.slots)
         slots = at if slots is None else slots.clamp(max=cache.slots)
         cos, sin = self._rotations(cache.slots + 1)
+        if self.compiled is not None:
+            found = self.compiled.run(
+                hidden,
+                at,
+                slots,
+                cache,
+                first,
+                last,
+                rows=rows,
+                limit=limit,
+                mask=mask,
+                rotations=(cos, sin),
+                scores=partial(self._mask, cache),
+            )
+            if found is not None:
+                return found
         rotation = cos[at][:, None], sin[at][:, None]  # (B, 1, T, H)
-        masks = {w: self._mask(at, cache, rows, mask, limit, w) for w in set(self.shape.windows)}
+        masks = {w: self._mask(cache, at, rows, mask, limit, w) for w in set(self.shape.windows)}
 
         for i in range(first, last):
 
@@ -258,7 +288,7 @@ class Decoder(nn.Module):
         return table
 
     def _mask(
-        self, at: Tensor, cache: Cache, rows: RowIndex, mask: Tensor | None, limit: int, window: int | None
+        self, cache: Cache, at: Tensor, rows: RowIndex, mask: Tensor | None, limit: int, window: int | None
     ) -> Tensor | None:
         """What is added to the attention scores, (B, 1, T, limit): 0 where seen, -inf elsewhere; None where all is
         seen."""

@@ -1,0 +1,109 @@
+"""Compiled spans: the same numbers as without, graphs that settle, and a compiler that fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from layerskip import EarlyExit, load
+from layerskip.model.checkpoint import load_decoder
+from layerskip.model.compiled import filled
+from layerskip.model.decoder import Decoder
+
+CAPTURED = "aot_eager"  # everything but the C++ that inductor would write and build for a minute
+
+
+@pytest.fixture(scope="module", params=["llama", "mistral"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    sizes: dict[str, Any] = {
+        "vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "head_dim": 6,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.3,
+    }  # fmt: skip
+    window = {"sliding_window": 5} if request.param == "mistral" else {}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(request.param, **sizes, **window)).save_pretrained(folder)
+    return folder
+
+
+def decoders(folder: Path) -> tuple[Decoder, Decoder]:
+    plain, compiled = (load_decoder(folder, dtype=torch.float32, weights="plain") for _ in range(2))
+    compiled.compile(backend=CAPTURED)
+    return plain, compiled
+
+
+def score(decoder: Decoder, ids: Tensor, *, pieces: list[int], rows: Any) -> Tensor:
+    cache, found, start = decoder.cache(rows=6, slots=90), list[Tensor](), 0
+    for count in pieces:
+        at = torch.arange(start, start + count).expand(len(ids), -1)
+        hidden = decoder.run(decoder.embed(ids[:, start : start + count]), at, cache, 0, 1, rows=rows)
+        found.append(decoder.logits(decoder.run(hidden, at, cache, 1, None, rows=rows)))
+        start += count
+    return torch.cat(found, 1)
+
+
+@pytest.mark.parametrize("rows", [slice(1, 4), torch.tensor([5, 0, 3])], ids=["slice", "index"])
+def test_graphs_compute_what_the_layers_do(folder: Path, rows: Any) -> None:
+    count = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+    ids = torch.randint(0, 61, (count, 80), generator=torch.Generator().manual_seed(1))
+    plain, compiled = decoders(folder)
+    for pieces in ([80], [7, 1, 5, 60, 3, 4]):
+        with torch.inference_mode():
+            expected = score(plain, ids, pieces=pieces, rows=rows)
+            torch.testing.assert_close(score(compiled, ids, pieces=pieces, rows=rows), expected, rtol=1e-4, atol=1e-4)
+    assert compiled.compiled is not None
+    assert compiled.compiled.graphs > 4
+
+
+def test_a_tree_sees_its_branch_only(folder: Path) -> None:
+    at, slots = torch.tensor([[8, 9, 9, 10, 10]]), torch.arange(8, 13)[None]
+    mask = torch.zeros(1, 5, 13, dtype=torch.bool)
+    mask[..., :9] = True
+    for node, seen in ((1, [9]), (2, [10]), (3, [9, 11]), (4, [10, 12])):
+        mask[0, node, seen] = True
+    found = []
+    for decoder in decoders(folder):
+        cache, ids = decoder.cache(rows=1, slots=20), torch.arange(13)[None]
+        decoder.run(decoder.embed(ids[:, :8]), torch.arange(8)[None], cache)
+        found.append(decoder.run(decoder.embed(ids[:, 8:]), at, cache, slots=slots, mask=mask))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("draft", [None, EarlyExit(1, tokens=3)], ids=["plain", "exit"])
+def test_text_is_that_of_plain_decoding_and_graphs_settle(tiny_checkpoint: Path, draft: Any) -> None:
+    plain = load(tiny_checkpoint, dtype="float32", weights="plain")
+    compiled = load(tiny_checkpoint, dtype="float32", weights="plain")
+    compiled.decoder.compile(backend=CAPTURED)
+    assert compiled.decoder.compiled is not None
+    prompts = ["the cat sat on", "a", "the dog ran to the cat and the"]
+    expected = [one.tokens for one in plain.generate(prompts, max_tokens=40, ignore_eos=True)]
+    graphs = []
+    for lengths in ((40, 33, 18), (40, 33, 18), (33, 18, 40)):
+        for length in lengths:
+            found = compiled.generate(prompts, max_tokens=length, ignore_eos=True, draft=draft)
+            assert [one.tokens for one in found] == [tokens[:length] for tokens in expected]
+        graphs.append((compiled.decoder.compiled.graphs, torch._dynamo.utils.counters["stats"]["unique_graphs"]))
+    assert graphs[1] == graphs[2], "something was compiled anew for what had been asked before"
+
+
+def test_a_compiler_that_fails_is_said_and_done_without(tiny_checkpoint: Path) -> None:
+    def broken(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("no C++ compiler")
+
+    llm = load(tiny_checkpoint, dtype="float32", weights="plain")
+    expected = llm.generate("the cat", max_tokens=12).tokens
+    llm.decoder.compile(backend=broken)
+    with pytest.warns(UserWarning, match="torch could not compile, so nothing is compiled: no C\\+\\+ compiler"):
+        assert llm.generate("the cat", max_tokens=12).tokens == expected
+    assert llm.decoder.compiled is not None
+    assert llm.decoder.compiled.failed is not None
+
+
+def test_sizes_are_few() -> None:
+    assert {filled(count) for count in range(1, 65)} == {1, 2, 4, 8, 16, 32, 64}
+    assert [filled(count, least=64, most=1000) for count in (3, 65, 600)] == [64, 128, 1000]
