@@ -124,7 +124,7 @@ class Decoder(nn.Module):
                 layers=self.layers,
                 norm=self.norm,
                 head=self.get_submodule("head"),
-                embedding=self.embedding.weight,
+                embedding=self.embedding,
                 rotations=self._rotations,
             )
 

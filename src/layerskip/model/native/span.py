@@ -58,7 +58,7 @@ class Native:
         layers: its layers, their linear layers as `Blocks`.
         norm: the final norm.
         head: the head.
-        embedding: (V, D).
+        embedding: its table (V, D). A tied one is exchanged for its file's later, so that it is not held twice.
         rotations: positions -> cosines and sines (at least so many, H), float32.
 
     Raises:
@@ -72,7 +72,7 @@ class Native:
         layers: nn.ModuleList,
         norm: nn.RMSNorm,
         head: nn.Module,
-        embedding: Tensor,
+        embedding: nn.Embedding,
         rotations: Callable[[int], tuple[Tensor, Tensor]],
     ) -> None:
         self._library, self._shape, self._rotations = library(), shape, rotations
@@ -83,7 +83,7 @@ class Native:
         self._model = _MODEL(FORMATS[head.weight.dtype], ACTIVATIONS[s.activation], *sizes, s.eps)
         self._layers = (_LAYER * s.layers)(*map(self._layer, layers, s.windows))
         self._head, self._norm = self._linear(head), self._numbers(norm.weight)
-        self._table = embedding
+        self._embedding = embedding
 
     def run(
         self,
@@ -129,7 +129,7 @@ class Native:
                 exit,
                 byref(self._head),
                 c_void_p(self._norm),
-                byref(_TABLE(self._table.data_ptr(), FORMATS[self._table.dtype])),
+                byref(_TABLE(self._embedding.weight.data_ptr(), FORMATS[self._embedding.weight.dtype])),
                 call,
                 *cache.addresses(),
                 count,
@@ -167,7 +167,8 @@ class Native:
     @property
     def drafts(self) -> bool:
         """Whether the kernels can look tokens up: a tied embedding keeps the dtype of its file, maybe float16."""
-        return self._table.dtype in FORMATS and self._table.is_contiguous()
+        table = self._embedding.weight
+        return table.dtype in FORMATS and table.is_contiguous()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V) float32."""
