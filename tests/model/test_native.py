@@ -45,9 +45,12 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
-@pytest.fixture(params=["float32", "bfloat16"])
+@pytest.fixture(params=["float32 native", "bfloat16 native", "float32 int8", "bfloat16 int8", "bfloat16 int4"])
 def decoder(folder: Path, request: pytest.FixtureRequest) -> Decoder:
-    return load_decoder(folder, dtype=getattr(torch, request.param), weights="native")
+    dtype, weights = request.param.split()
+    decoder = load_decoder(folder, dtype=getattr(torch, dtype), weights=weights)
+    assert decoder.layout == weights
+    return decoder
 
 
 def tokens(rows: int = 1) -> Tensor:
@@ -105,7 +108,8 @@ def test_a_chain_written_as_a_tree_is_the_chain(decoder: Decoder) -> None:
         mask[0, i, slots[0, : i + 1]] = True
     cache.clear(0, first=20)
     tree = decoder.run(decoder.embed(ids[:, 20:25]), at, cache, slots=slots, mask=mask)
-    close = 1e-4 if decoder.dtype == torch.float32 else 0.1  # slots are summed in another order
+    # slots are summed in another order
+    close = 1e-4 if decoder.dtype == torch.float32 and decoder.layout == "native" else 0.1
     torch.testing.assert_close(tree, chain, rtol=close, atol=close)
 
 
@@ -188,8 +192,9 @@ def test_two_threads_share_one_decoder(decoder: Decoder) -> None:
     assert all(torch.equal(each, expected) for each in found)
 
 
-def test_bfloat16_text_is_that_of_plain_decoding(tiny_checkpoint: Path) -> None:
-    llm = load(tiny_checkpoint, dtype="bfloat16", weights="native")
+@pytest.mark.parametrize("weights", ["native", "int8", "int4"])
+def test_bfloat16_text_is_that_of_plain_decoding(weights: str, tiny_checkpoint: Path) -> None:
+    llm = load(tiny_checkpoint, dtype="bfloat16", weights=weights)
     prompts = ["the cat sat on", "a", "the dog ran to the cat and"]
     plain = [llm.generate(p, max_tokens=60, ignore_eos=True, logprobs=3) for p in prompts]
     for draft in (EarlyExit(1, tokens=7), EarlyExit(2, tokens=4), Lookup()):
@@ -206,20 +211,23 @@ from pathlib import Path
 from layerskip.model.checkpoint import load_decoder
 
 ids = torch.randint(0, 40, (1, 24), generator=torch.Generator().manual_seed(1))
-for dtype, close in ((torch.float32, 1e-5), (torch.bfloat16, 0.06)):
-    found = {}
-    for weights, pieces in (("plain", [24]), ("native", [24]), ("native", [1] * 24), ("native", [7, 2, 15])):
-        decoder, start, logits = load_decoder(Path(sys.argv[1]), dtype=dtype, weights=weights), 0, []
-        cache = decoder.cache(rows=1, slots=24)
-        for count in pieces:
-            at = torch.arange(start, start + count)[None]
-            logits.append(decoder.logits(decoder.run(decoder.embed(ids[:, start : start + count]), at, cache)))
-            start += count
-        found[weights, len(pieces)] = torch.cat(logits, 1).float()
-    plain, native = found["plain", 1], found["native", 1]
-    assert (plain - native).abs().max() < close * plain.abs().max(), dtype
-    assert torch.equal(native, found["native", 24]), dtype
-    assert torch.equal(native, found["native", 3]), dtype
+
+def logits(weights, dtype, pieces):
+    decoder, start, found = load_decoder(Path(sys.argv[1]), dtype=dtype, weights=weights), 0, []
+    assert decoder.layout == weights
+    cache = decoder.cache(rows=1, slots=24)
+    for count in pieces:
+        at = torch.arange(start, start + count)[None]
+        found.append(decoder.logits(decoder.run(decoder.embed(ids[:, start : start + count]), at, cache)))
+        start += count
+    return torch.cat(found, 1).float()
+
+for weights, plain in (("native", "plain"), ("int8", "int8-plain"), ("int4", "int4-plain")):
+    for dtype, close in ((torch.float32, 1e-5 if weights == "native" else 0.01), (torch.bfloat16, 0.1)):
+        expected, found = logits(plain, dtype, [24]), logits(weights, dtype, [24])
+        assert (expected - found).abs().max() < close * expected.abs().max(), (weights, dtype)
+        for pieces in ([1] * 24, [7, 2, 15]):
+            assert torch.equal(logits(weights, dtype, pieces), found), (weights, dtype, pieces)
 """
 
 
@@ -242,6 +250,9 @@ from layerskip.errors import RequestError
 llm = load(sys.argv[1])
 assert llm.decoder.layout == "packed", llm.decoder.layout
 assert llm.generate("the cat", max_tokens=3).tokens
+quantised = load(sys.argv[1], weights="int8")
+assert quantised.decoder.layout == "int8-plain", quantised.decoder.layout
+assert quantised.generate("the cat", max_tokens=3).tokens
 try:
     load(sys.argv[1], weights="native")
 except RequestError as error:

@@ -43,8 +43,9 @@ def load(
         revision: of a hub id.
         token: for private and gated hub models.
         max_batch: rows that decode side by side.
-        weights: how they are stored: "plain", "packed" (for oneDNN on the CPU), or None for the faster one. Both hold
-            the checkpoint's numbers.
+        weights: how they are stored: "plain", "packed" (for oneDNN on the CPU), "native" (for kernels of our own), or
+            None for the fastest of them; they hold the checkpoint's numbers. "int8" and "int4" quantise them: a model
+            of its own, whose text drafting does not change.
 
     Raises:
         CheckpointError: it cannot be loaded; names the file and what is wrong with it.

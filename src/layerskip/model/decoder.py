@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from layerskip.model.cache import Cache, RowIndex
 from layerskip.model.compiled import Compiled
 from layerskip.model.native.span import Native
-from layerskip.model.pack import Fan, pack
+from layerskip.model.pack import KERNELS, Fan, pack
+from layerskip.model.quantise import bits_of
 from layerskip.model.rope import cos_sin
 from layerskip.model.shape import Shape
 
@@ -114,11 +115,16 @@ class Decoder(nn.Module):
         """Element type of hidden states."""
         return self.dtype if self._native is None else torch.float32
 
+    @property
+    def quantised(self) -> bool:
+        """Whether the weights are close to the checkpoint's rather than the same: a model of its own."""
+        return bits_of(self.layout) is not None
+
     def store(self, layout: str) -> None:
         """Stores the weights, all of them filled, in `layout`; layers may be stored already."""
         pack(self, layout)
         self.layout = layout
-        if layout == "native":
+        if layout in KERNELS:
             self._native = Native(
                 self.shape,
                 layers=self.layers,

@@ -3,6 +3,9 @@
 plain    torch's own; shared with the tensors it was made from
 packed   prepacked for oneDNN on the CPU: the same numbers in the order its kernels read them. Lossless.
 native   in the order that our own kernels read them, which run whole spans (folder native). Lossless.
+int8     8 or 4 bits a weight (quantise.py), for the same kernels: a model of its own, close to the checkpoint's.
+int4     Quantised, and lossy in that sense: drafting is exact for the quantised model.
+int8-plain, int4-plain  the same models in torch, where there are no kernels
 
 Whatever kernel serves a weight serves it at every number of rows: another kernel for verification would be another
 model. Knows weights and rows of numbers; does not know which layer it is. T rows, I inputs, O outputs.
@@ -19,9 +22,11 @@ from layerskip.errors import RequestError, suggest
 from layerskip.model.native import build
 from layerskip.model.native.blocks import Blocks
 from layerskip.model.native.span import FORMATS, WIDEST_HEAD
+from layerskip.model.quantise import BITS, PLAIN, Quantised, QuantisedFan, bits_of
 from layerskip.model.shape import Shape
 
-LAYOUTS = ("plain", "packed", "native")
+LAYOUTS = ("plain", "packed", "native", *BITS, *(name + PLAIN for name in BITS))
+KERNELS = ("native", *BITS)  # those that our own kernels read
 
 
 class Fan(nn.Module):
@@ -72,25 +77,28 @@ class PackedFan(Packed):
 
 
 def chosen(layout: str | None, shape: Shape, *, dtype: torch.dtype, device: torch.device) -> str:
-    """The layout a name means; None and "auto" are the fastest lossless one that is possible.
+    """The layout a name means; None and "auto" are the fastest lossless one that is possible, "int8" and "int4" their
+    plain form where there can be no kernels.
 
     Raises:
         RequestError: an unknown layout, or one that dtype or device do not allow.
     """
     if layout is not None and layout != "auto" and layout not in LAYOUTS:
         raise RequestError(f"unknown weights {layout!r}; use auto, {', '.join(LAYOUTS)}{suggest(layout, LAYOUTS)}")
-    for name, obstacle_to in (("native", _native), ("packed", _packed)):
+    if layout in BITS and no_kernels(shape, dtype, device) is not None:
+        return layout + PLAIN
+    for name, obstacle_to in (("native", no_kernels), ("packed", _packed)):
         if layout in (None, "auto", name):
             obstacle = obstacle_to(shape, dtype, device)
             if obstacle is None:
                 return name
             if layout == name:
                 raise RequestError(f"weights cannot be {name}: {obstacle}; use auto")
-    return "plain"
+    return "plain" if layout in (None, "auto") else layout
 
 
-def _native(shape: Shape, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why there can be no native weights; None where there can."""
+def no_kernels(shape: Shape, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why our own kernels cannot serve; None where they can."""
     if device.type != "cpu":
         return f"the kernels are for the CPU, not for {device.type}"
     if dtype not in FORMATS:
@@ -132,12 +140,15 @@ def pack(module: nn.Module, layout: str) -> None:
 
 def _stored(linear: Fan | nn.Linear, layout: str, *, turns: bool) -> nn.Module:
     parts = [linear] if isinstance(linear, nn.Linear) else [p for p in linear.children() if isinstance(p, nn.Linear)]
-    if layout == "native":
-        return Blocks(parts, interleaved=turns)
+    bits = bits_of(layout)
+    if layout in KERNELS:
+        return Blocks(parts, interleaved=turns, bits=bits)
+    if bits is not None:
+        return Quantised(parts, bits) if isinstance(linear, nn.Linear) else QuantisedFan(parts, bits)
     return Packed(parts) if isinstance(linear, nn.Linear) else PackedFan(parts)
 
 
 def stored_bytes(module: nn.Module) -> int:
     """Bytes that the weights inside take, as they are stored."""
-    packed = [part for part in module.modules() if isinstance(part, Packed | Blocks)]
+    packed = [part for part in module.modules() if isinstance(part, Packed | Blocks | Quantised)]
     return sum(p.nbytes for p in module.parameters()) + sum(part.nbytes for part in packed)

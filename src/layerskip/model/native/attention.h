@@ -52,8 +52,9 @@ float soften(float* x, const uint8_t* seen, int count) {
     return sum;
 }
 
-// One key/value head of one row: keys and values are written, then its queries attend. V vectors hold a head.
-template <int V, class W, class X> class Head {
+// One key/value head of one row: keys and values are written, then its queries attend. V vectors hold a head; what they
+// attend to is written as X, any of the two that a product may take. (A class for each of them would take long to build.)
+template <int V, class W> class Head {
   public:
     Head(const Model& model, const Call& call, const Layer& layer, W* keys, W* values, int b, int group)
         : model(model), call(call), layer(layer), width(model.head_width), b(b), group(group) {
@@ -62,7 +63,13 @@ template <int V, class W, class X> class Head {
         this->keys = keys + start, this->values = values + start;
     }
 
-    void attend(float* fused, int fused_width, X* attended) {
+    template <class X> void attend(float* fused, int fused_width, X* attended) {
+        attend(fused, fused_width, attended, std::is_same<X, float>::value);
+    }
+
+  private:
+    void attend(float* fused, int fused_width, void* attended, bool floats) {
+        this->floats = floats;
         const int queries = model.heads / model.kv_heads * call.positions;
         for (int t = 0; t < call.positions; t++) remember(fused + size_t(b * call.positions + t) * fused_width, t);
         int q = 0;
@@ -73,13 +80,13 @@ template <int V, class W, class X> class Head {
         if (q < queries) tile<1>(fused, fused_width, attended, q);
     }
 
-  private:
     const Model& model;
     const Call& call;
     const Layer& layer;
     const int width, b, group;
     int64_t row;
     W *keys, *values;
+    bool floats;
 
     int64_t position(int m) const { return call.at[m] < call.spare ? call.at[m] : call.spare; }
 
@@ -115,7 +122,7 @@ template <int V, class W, class X> class Head {
     }
 
     // Q queries, from number q on: those of one position follow one another.
-    template <int Q> void tile(const float* fused, int fused_width, X* attended, int q) {
+    template <int Q> void tile(const float* fused, int fused_width, void* attended, int q) {
         const int limit = call.limit, share = model.heads / model.kv_heads;
         const int stride = (limit + BLOCK - 1) / BLOCK * BLOCK;
         float* score = room<float, 3>(size_t(Q) * stride);
@@ -176,9 +183,15 @@ template <int V, class W, class X> class Head {
         for (int s = common; s < furthest; s++) gather(std::true_type(), s);
         for (int i = 0; i < Q; i++) {
             const int m = b * call.positions + (q + i) / share, head = group * share + (q + i) % share;
-            X* to = attended + size_t(m) * even(model.heads * width) + size_t(head) * width;
+            const size_t to = size_t(m) * even(model.heads * width) + size_t(head) * width;
             const float scale = 1.0f / sum[i];
-            for (int v = 0; v < V; v++) put(to + v * BLOCK, out[i][v] * scale, width - v * BLOCK);
+            for (int v = 0; v < V; v++) {
+                const size_t at = to + v * BLOCK;
+                if (floats)
+                    put((float*)attended + at, out[i][v] * scale, width - v * BLOCK);
+                else
+                    put((Beside*)attended + at, out[i][v] * scale, width - v * BLOCK);
+            }
         }
     }
 };

@@ -1,4 +1,4 @@
-"""The order in which the kernels read weights: blocks of 16 outputs side by side, two inputs at a time.
+"""The order in which the kernels read weights: blocks of 16 outputs side by side, two inputs at a time; quantised, 64.
 
 Knows weights and their sizes; does not know which layer they are of. I inputs, O outputs.
 """
@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from layerskip.model.quantise import GROUP, quantised, slices
+
 BLOCK = 16
+PIECE = 64  # inputs: two groups, as in quantised.h
 
 
 class Blocks(nn.Module):
@@ -20,20 +23,23 @@ class Blocks(nn.Module):
     Args:
         parts: one or more, of the same input width.
         interleaved: their blocks take turns, rather than follow one another.
+        bits: 8 or 4, quantised; None holds the same numbers.
     """
 
-    def __init__(self, parts: Sequence[nn.Linear], *, interleaved: bool = False) -> None:
+    def __init__(self, parts: Sequence[nn.Linear], *, interleaved: bool = False, bits: int | None = None) -> None:
         super().__init__()
         weights = [part.weight.detach() for part in parts]
         biases = [part.bias.detach() for part in parts if part.bias is not None]
         self.register_buffer("sample", weights[0].flatten()[:64].clone())  # tells models apart
         if not interleaved:
             weights, biases = [torch.cat(weights)] if len(parts) > 1 else weights, [torch.cat(biases)] if biases else []
-        blocks = [in_blocks(weight) for weight in weights]
+        blocks = [in_blocks(weight) if bits is None else in_pieces(weight, bits) for weight in weights]
         # not buffers: their numbers are in no order that a cast or a state_dict would mean
         self.weight = blocks[0] if len(blocks) == 1 else torch.stack(blocks, 1).flatten(0, 1)
         self.bias = torch.stack([_filled(b).unflatten(0, (-1, BLOCK)) for b in biases], 1).flatten() if biases else None
-        self.inputs, self.outputs = 2 * self.weight.shape[1], BLOCK * self.weight.shape[0]
+        self.bits = bits
+        self.inputs = (2 if bits is None else PIECE) * self.weight.shape[1]
+        self.outputs = BLOCK * self.weight.shape[0]
         self.nbytes = self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
 
@@ -49,6 +55,29 @@ def in_blocks(weight: Tensor) -> Tensor:
     pairs = weight.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, 2))  # (O/16, 16, I/2, 2)
     order = (0, 2, 1, 3) if weight.dtype == torch.bfloat16 else (0, 2, 3, 1)
     out: Tensor = pairs.permute(order).contiguous()
+    return out
+
+
+def in_pieces(weight: Tensor, bits: int) -> Tensor:
+    """(O, I) -> bytes (O/16, I/64, n), quantised: each n are 64 inputs of 16 outputs, their scales first.
+
+    They are the structs of quantised.h: bfloat16 (2, 16) scales of two groups, then bytes (2, 8, 16, 4), four inputs of
+    16 outputs in turn, or (2, 4, 16, 4) of two numbers each. Outputs and inputs are filled up with zeros.
+    """
+    outputs, inputs = -(-weight.shape[0] // BLOCK), -(-weight.shape[1] // PIECE)
+    out = torch.empty((outputs, inputs, PIECE + PIECE * BLOCK * bits // 8), dtype=torch.uint8)
+    for first, piece in slices(weight, unit=BLOCK):
+        padded = F.pad(_filled(piece), (0, -piece.shape[1] % PIECE))
+        numbers, scales = quantised(padded, bits)
+        groups = numbers.add_(-128 if bits == 8 else 8).view(torch.uint8)  # (O, I/32, 32), its zero 128 or 8
+        quads = groups.unflatten(2, (-1, 4)).unflatten(1, (-1, PIECE // GROUP)).unflatten(0, (-1, BLOCK))
+        quads = quads.permute(0, 2, 3, 4, 1, 5)  # (O/16, I/64, 2, 8, 16, 4)
+        if bits == 4:
+            quads = quads[:, :, :, :4] | quads[:, :, :, 4:] << 4
+        at = slice(first // BLOCK, first // BLOCK + len(quads))
+        out[at, :, PIECE:] = quads.flatten(2)
+        scales = scales.unflatten(1, (-1, PIECE // GROUP)).unflatten(0, (-1, BLOCK)).permute(0, 2, 3, 1)
+        out[at, :, :PIECE] = scales.flatten(2).contiguous().view(torch.uint8)
     return out
 
 

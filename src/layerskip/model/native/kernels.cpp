@@ -11,24 +11,44 @@
 
 #include "layers.h"
 
+namespace {
+
+template <class Weight, class Factor> struct Types {  // of weights, and of what a product reads beside them
+    typedef Weight W;
+    typedef Factor X;
+};
+
+// use(types of a format).
+template <class Use> auto typed(int format, Use use) {
+    switch (format) {
+        case 0: return use(Types<float, float>());
+        case 1: return use(Types<Half, Beside>());
+        case 2:
+        case 3: return use(Types<Eights, Signed>());
+        default: return use(Types<Fours, Signed>());
+    }
+}
+
+}  // namespace
+
 extern "C" {
 
 // Layers first..last-1 of `hidden` (M, D) in place; writes keys and values.
 void layerskip_span(const Model* model, const Layer* layers, int32_t first, int32_t last, float* hidden,
                     const Call* call, void* const* keys, void* const* values) {
-    if (model->format == 0)
-        span<float, float>(*model, layers, first, last, hidden, *call, keys, values);
-    else
-        span<Half, Beside>(*model, layers, first, last, hidden, *call, keys, values);
+    typed(model->format, [&](auto types) {
+        typedef decltype(types) T;
+        span<typename T::W, typename T::X>(*model, layers, first, last, hidden, *call, keys, values);
+    });
 }
 
 // The final norm and the head: `hidden` (M, D) -> `out` (M, vocabulary).
 void layerskip_predict(const Model* model, const Linear* head, const float* norm, const float* hidden, int32_t positions,
                        float* out, int32_t threads) {
-    if (model->format == 0)
-        predict<float, float>(*model, *head, norm, hidden, positions, out, threads);
-    else
-        predict<Half, Beside>(*model, *head, norm, hidden, positions, out, threads);
+    typed(model->format, [&](auto types) {
+        typedef decltype(types) T;
+        predict<typename T::W, typename T::X>(*model, *head, norm, hidden, positions, out, threads);
+    });
 }
 
 // Drafts up to `count` tokens for every row, the likeliest at `exit` each time, and says how many: `tokens`
@@ -36,10 +56,11 @@ void layerskip_predict(const Model* model, const Linear* head, const float* norm
 int32_t layerskip_draft(const Model* model, const Layer* layers, int32_t exit, const Linear* head, const float* norm,
                         const Table* table, const Call* call, void* const* keys, void* const* values, int32_t count,
                         Stop stop, int64_t* tokens, float* states) {
-    if (model->format == 0)
-        return draft<float, float>(*model, layers, exit, *head, norm, *table, *call, keys, values, count, stop, tokens,
-                                   states);
-    return draft<Half, Beside>(*model, layers, exit, *head, norm, *table, *call, keys, values, count, stop, tokens, states);
+    return typed(model->format, [&](auto types) {
+        typedef decltype(types) T;
+        return draft<typename T::W, typename T::X>(*model, layers, exit, *head, norm, *table, *call, keys, values, count,
+                                                  stop, tokens, states);
+    });
 }
 
 }

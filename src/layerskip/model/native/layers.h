@@ -3,9 +3,15 @@
 #pragma once
 
 #include "attention.h"
+#include "quantised.h"
 
 namespace {
 
+// What attention and the MLP write for a product that reads X.
+template <class X> struct Written { typedef X type; };
+template <> struct Written<Signed> { typedef float type; };
+
+// Weights W, products that read X beside them.
 template <class W, class X> class Span {
   public:
     Span(const Model& model, const Call& call, float* hidden)
@@ -14,14 +20,17 @@ template <class W, class X> class Span {
         fused_width = (fused_width + BLOCK - 1) / BLOCK * BLOCK;
         const size_t M = positions;
         fused = room<float, 5>(M * fused_width);
-        attended = room<X, 6>(M * even(model.heads * model.head_width));
-        gated = room<X, 7>(M * even(model.ffn_width));
-        normed = room<X, 8>(M * even(model.width));
-        for (size_t m = 0; m < M; m++) attended[(m + 1) * even(model.heads * model.head_width) - 1] = 0;
+        const int attended_width = model.heads * model.head_width;
+        attended = room<Raw, 6>(M * even(attended_width));
+        gated = room<Raw, 7>(M * even(model.ffn_width));
+        int widest = model.width > model.ffn_width ? model.width : model.ffn_width;
+        widest = widest > attended_width ? widest : attended_width;
+        read = room<X, 8>(M * elements<X>(widest));
+        for (size_t m = 0; m < M; m++) attended[(m + 1) * even(attended_width) - 1] = 0;
     }
 
-    void run(const Layer& layer, W* keys, W* values) {  // by every thread
-        product<1, W>(layer.query_key_value, norms(model, hidden, layer.attention_norm, positions, normed, meeting), positions,
+    void run(const Layer& layer, void* keys, void* values) {  // by every thread
+        product<1, W>(layer.query_key_value, norms(model, hidden, layer.attention_norm, positions, read, meeting), positions,
                       [&](int m, int block, const Lanes* sums, int count) {
             float* to = fused + size_t(m) * fused_width + block * BLOCK;
             for (int c = 0; c < count; c++) {
@@ -34,16 +43,16 @@ template <class W, class X> class Span {
         share(call.rows * model.kv_heads, first, last);
         for (int i = first; i < last; i++) attend(layer, keys, values, i / model.kv_heads, i % model.kv_heads);
         meeting.wait();
-        residual(layer.output, attended);
+        residual(layer.output, attended, model.heads * model.head_width);
         meeting.wait();
         const int width = model.ffn_width;
-        product<2, W>(layer.gate_up, norms(model, hidden, layer.mlp_norm, positions, normed, meeting), positions,
+        product<2, W>(layer.gate_up, norms(model, hidden, layer.mlp_norm, positions, read, meeting), positions,
                       [&](int m, int block, const Lanes* sums, int count) {
             for (int c = 0; c < count; c += 2) {
                 Lanes gate = biased(layer.gate_up, block + c, sums[c]);
                 const Lanes up = biased(layer.gate_up, block + c + 1, sums[c + 1]);
                 const int own = (block + c) / 2, inside = within(own, width);
-                X* to = gated + size_t(m) * even(width) + own * BLOCK;
+                Raw* to = gated + size_t(m) * even(width) + own * BLOCK;
                 activate((float*)&gate, model.activation);
                 gate *= up;
                 put(to, gate, inside);
@@ -51,26 +60,29 @@ template <class W, class X> class Span {
             }
         });
         meeting.wait();
-        residual(layer.down, gated);
+        residual(layer.down, gated, model.ffn_width);
         meeting.wait();
     }
 
   private:
+    typedef typename Written<X>::type Raw;
     const Model& model;
     const Call& call;
     Meeting meeting;
     const int positions;
     float* hidden;  // (M, D)
     int fused_width;
-    float* fused;                  // (M, queries, keys and values side by side)
-    X *attended, *gated, *normed;  // (M, what goes into a product)
+    float* fused;            // (M, queries, keys and values side by side)
+    Raw *attended, *gated;   // (M, what goes into a product)
+    X* read;                 // the same as the product reads it, where many positions share the work
 
     static Lanes biased(const Linear& linear, int block, Lanes sum) {
         return linear.bias ? sum + load(linear.bias + block * BLOCK) : sum;
     }
 
-    void residual(const Linear& linear, const X* x) {
-        product<1, W>(linear, x, positions, [&](int m, int block, const Lanes* sums, int count) {
+    void residual(const Linear& linear, const Raw* x, int width) {
+        product<1, W>(linear, ready(x, width, positions, read, meeting), positions,
+                      [&](int m, int block, const Lanes* sums, int count) {
             for (int c = 0; c < count; c++) {
                 const Lanes sum = biased(linear, block + c, sums[c]);
                 float* to = hidden + size_t(m) * model.width + (block + c) * BLOCK;
@@ -80,9 +92,16 @@ template <class W, class X> class Span {
         });
     }
 
-    void attend(const Layer& layer, W* keys, W* values, int b, int group) {
+    void attend(const Layer& layer, void* keys, void* values, int b, int group) {
+        if (bfloat16(model))
+            attend(layer, (Half*)keys, (Half*)values, b, group);
+        else
+            attend(layer, (float*)keys, (float*)values, b, group);
+    }
+
+    template <class K> void attend(const Layer& layer, K* keys, K* values, int b, int group) {
         auto head = [&](auto vectors) {
-            Head<decltype(vectors)::value, W, X>(model, call, layer, keys, values, b, group)
+            Head<decltype(vectors)::value, K>(model, call, layer, keys, values, b, group)
                 .attend(fused, fused_width, attended);
         };
         switch ((model.head_width + BLOCK - 1) / BLOCK) {
@@ -102,13 +121,13 @@ void span(const Model& model, const Layer* layers, int first, int last, float* h
           void* const* keys, void* const* values) {
     Span<W, X> span(model, call, hidden);
 #pragma omp parallel num_threads(call.threads) if (call.threads > 1)
-    for (int i = first; i < last; i++) span.run(layers[i], (W*)keys[i], (W*)values[i]);
+    for (int i = first; i < last; i++) span.run(layers[i], keys[i], values[i]);
 }
 
 template <class W, class X>
 void predict(const Model& model, const Linear& head, const float* weight, const float* hidden, int positions, float* out,
              int threads) {
-    X* normed = room<X, 8>(size_t(positions) * even(model.width));
+    X* normed = room<X, 8>(size_t(positions) * elements<X>(model.width));
     Meeting meeting;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     product<1, W>(head, norms(model, hidden, weight, positions, normed, meeting), positions,
@@ -119,12 +138,12 @@ void predict(const Model& model, const Linear& head, const float* weight, const 
     });
 }
 
-// The tokens' vectors, as the model's weights would hold them.
-template <class W> void embed(const Table& table, const int64_t* tokens, int count, int width, float* hidden) {
+// The tokens' vectors, as a model of K holds them.
+template <class K> void embed(const Table& table, const int64_t* tokens, int count, int width, float* hidden) {
     for (int m = 0; m < count; m++)
         for (int i = 0; i < width; i += BLOCK) {
             const size_t at = size_t(tokens[m]) * width + i;
-            W rounded[BLOCK];
+            K rounded[BLOCK];
             put(rounded, table.format == 0 ? get((const float*)table.numbers + at, width - i)
                                            : get((const Half*)table.numbers + at, width - i), BLOCK);
             put(hidden + size_t(m) * width + i, get(rounded, BLOCK), width - i);
@@ -159,7 +178,9 @@ int draft(const Model& model, const Layer* layers, int exit, const Linear& head,
     float* sure = stop ? room<float, 11>(rows) : nullptr;
     for (int i = 0;; i++) {
         float* hidden = states + size_t(i) * rows * model.width;
-        embed<W>(table, tokens + size_t(i) * rows, rows, model.width, hidden);
+        const int64_t* last = tokens + size_t(i) * rows;
+        bfloat16(model) ? embed<Half>(table, last, rows, model.width, hidden)
+                        : embed<float>(table, last, rows, model.width, hidden);
         span<W, X>(model, layers, 0, exit, hidden, call, keys, values);
         if (i == count) return count;
         predict<W, X>(model, head, weight, hidden, rows, logits, call.threads);

@@ -16,6 +16,9 @@ constexpr int ROWS = 6;     // positions whose sums stay in registers together
 constexpr int COLUMNS = 4;  // blocks that share a look at a position's inputs
 constexpr int ALONE = 8;    // up to so many positions every thread norms them for itself: cheaper than waiting
 
+template <class W> constexpr int SUMS = ROWS * COLUMNS;  // that fit registers; less in quantised.h
+template <class T> constexpr int HOLDS = 1;              // numbers in an element of memory; more in quantised.h
+
 inline void add(Lanes& sum, const float* weight, const float* x) {  // two inputs at a time, as the others
     sum += load(weight) * x[0];
     sum += load(weight + BLOCK) * x[1];
@@ -62,9 +65,12 @@ template <int unit, class W, class X, class Use> void product(const Linear& line
     first *= unit, last *= unit;
     auto tile = [&](auto rows, auto columns, int m, int block) {
         constexpr int R = decltype(rows)::value, C = decltype(columns)::value;
-        Lanes out[R][C];
-        multiply<R, C>(weight + size_t(block) * inputs * BLOCK, x + size_t(m) * inputs, inputs, out);
-        for (int r = 0; r < R; r++) use(m + r, block, out[r], C);
+        if constexpr (R * C <= SUMS<W>) {
+            Lanes out[R][C];
+            const W* from = weight + size_t(block) * inputs * BLOCK / HOLDS<W>;
+            multiply<R, C>(from, x + size_t(m) * inputs / HOLDS<X>, inputs, out);
+            for (int r = 0; r < R; r++) use(m + r, block, out[r], C);
+        }
     };
     auto strip = [&](auto columns, int block) {
         int m = 0;
@@ -78,7 +84,11 @@ template <int unit, class W, class X, class Use> void product(const Linear& line
         }
     };
     int block = first;
-    for (; block + COLUMNS <= last; block += COLUMNS) strip(std::integral_constant<int, COLUMNS>(), block);
+    const int most = SUMS<W> / (positions < ROWS ? positions : ROWS);
+    if (most >= COLUMNS)
+        for (; block + COLUMNS <= last; block += COLUMNS) strip(std::integral_constant<int, COLUMNS>(), block);
+    if constexpr (SUMS<W> < ROWS * COLUMNS)
+        for (; block + 2 <= last; block += 2) strip(std::integral_constant<int, 2>(), block);
     for (; block < last; block += unit) strip(std::integral_constant<int, unit>(), block);
 }
 
@@ -86,6 +96,11 @@ template <int unit, class W, class X, class Use> void product(const Linear& line
 inline int within(int block, int width) { return width - block * BLOCK < BLOCK ? width - block * BLOCK : BLOCK; }
 
 inline int even(int count) { return count + (count & 1); }
+
+// Elements of memory that hold what a product reads of a position.
+template <class X> inline int elements(int width) {
+    return HOLDS<X> == 1 ? even(width) : (width + HOLDS<X> - 1) / HOLDS<X>;
+}
 
 // Root mean square norm of a position (Zhang and Sennrich, 2019).
 template <class T> void norm(const float* x, const float* weight, float eps, int width, T* to) {
@@ -102,20 +117,29 @@ template <class T> void norm(const float* x, const float* weight, float eps, int
     if (width & 1) to[width] = 0;
 }
 
-// Norms of all positions, for a product: the thread's own, or everybody's.
-template <class X>
-const X* norms(const Model& model, const float* hidden, const float* weight, int positions, X* all, Meeting& meeting) {
-    const int width = model.width;
+// What `make` makes of every position, for a product: the thread's own, or everybody's.
+template <class X, class Make>
+const X* each_position(int positions, int stride, X* all, Meeting& meeting, Make make) {
     int first = 0, last = positions;
     X* to = all;
     if (positions > ALONE)
         share(positions, first, last);
     else
-        to = room<X, 1>(size_t(positions) * even(width));
-    for (int m = first; m < last; m++)
-        norm(hidden + size_t(m) * width, weight, model.eps, width, to + size_t(m) * even(width));
+        to = room<X, 1>(size_t(positions) * stride);
+    for (int m = first; m < last; m++) make(m, to + size_t(m) * stride);
     if (positions > ALONE) meeting.wait();
     return to;
 }
+
+// Norms of all positions.
+template <class X>
+const X* norms(const Model& model, const float* hidden, const float* weight, int positions, X* all, Meeting& meeting) {
+    return each_position(positions, elements<X>(model.width), all, meeting, [&](int m, X* to) {
+        norm(hidden + size_t(m) * model.width, weight, model.eps, model.width, to);
+    });
+}
+
+// What was written before, as a product reads it: as it is, but for quantised.h.
+template <class X> const X* ready(const X* written, int, int, X*, Meeting&) { return written; }
 
 }  // namespace

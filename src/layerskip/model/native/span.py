@@ -20,6 +20,7 @@ from layerskip.model.native.build import library
 from layerskip.model.shape import Shape
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1}
+QUANTISED = {None: 0, 8: 2, 4: 4}  # on top, by the bits of a weight; then FORMATS is that of the cache
 WIDEST_HEAD = 128
 ACTIVATIONS = {"silu": 0, "swish": 0, "relu": 1, "gelu": 2, "gelu_new": 3, "gelu_pytorch_tanh": 3}
 
@@ -80,7 +81,8 @@ class Native:
         s = shape
         sizes = (s.width, s.heads, s.kv_heads, s.head_width, s.ffn_width, s.vocab)
         assert isinstance(head, Blocks)
-        self._model = _MODEL(FORMATS[head.weight.dtype], ACTIVATIONS[s.activation], *sizes, s.eps)
+        form = FORMATS[norm.weight.dtype] + QUANTISED[head.bits]
+        self._model = _MODEL(form, ACTIVATIONS[s.activation], *sizes, s.eps)
         self._layers = (_LAYER * s.layers)(*map(self._layer, layers, s.windows))
         self._head, self._norm = self._linear(head), self._numbers(norm.weight)
         self._embedding = embedding

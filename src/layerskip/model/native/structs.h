@@ -7,9 +7,9 @@
 #include <cstdint>
 
 struct Linear {
-    const void* weight;       // blocks of 16 outputs: float32 (O/16, I, 16), bfloat16 (O/16, I/2, 16, 2)
+    const void* weight;       // blocks of 16 outputs: float32 (O/16, I, 16), bfloat16 (O/16, I/2, 16, 2); or quantised.h
     const float* bias;        // (O,), or null
-    int32_t inputs, outputs;  // filled up with zeros: to an even number, to whole blocks
+    int32_t inputs, outputs;  // filled up with zeros: to an even number, or whole pieces of 64; to whole blocks
 };
 
 struct Table {
@@ -24,9 +24,12 @@ struct Layer {
 };
 
 struct Model {
-    int32_t format, activation, width, heads, kv_heads, head_width, ffn_width, vocab;
+    int32_t format;  // 0 float32, 1 bfloat16; weights of 8 bits and a cache of these 2, 3; of 4 bits 4, 5
+    int32_t activation, width, heads, kv_heads, head_width, ffn_width, vocab;
     float eps;
 };
+
+inline bool bfloat16(const Model& model) { return model.format % 2; }  // the cache is
 
 struct Call {
     int32_t rows, positions, limit, threads;  // B, T; attention reads slots below limit
