@@ -177,6 +177,18 @@ def test_exit_is_called_lossy(run: Any, tiny_checkpoint: Path) -> None:
     assert (done["mode"], done["exit"], done["draft"], done["compare"]) == ("lossy", 2, None, None)
 
 
+@pytest.mark.parametrize("weights", ["int8", "int4-plain"])
+def test_quantised_weights_are_said_to_be_lossy(run: Any, tiny_checkpoint: Path, weights: str) -> None:
+    arguments = ("generate", "the cat", "-m", tiny_checkpoint, "--weights", weights, "--max-tokens", 12, "--ignore-eos")
+    done = run(*arguments, "--draft", "early-exit:1", "--compare")
+    assert (
+        f"; exact, float32, {weights} weights (quantised: lossy against the checkpoint); early-exit:1 K=4: "
+        in done.stderr
+    )
+    assert "; identical\n" in done.stderr
+    assert json.loads(run(*arguments, "--json").stdout)["layout"] == weights
+
+
 def test_assistant_drafts(run: Any, tiny_checkpoint: Path) -> None:
     done = run(
         *("generate", "a", "-m", tiny_checkpoint, "--max-tokens", 9, "--ignore-eos"),

@@ -62,6 +62,41 @@ def test_bytes(tiny_checkpoint: Path, dtype: str, width: int) -> None:
     assert costs.cache_per_position == 3 * 2 * 2 * 8 * width  # layers, keys and values, heads, head width
 
 
+@pytest.mark.parametrize(("weights", "bits"), [("int8", 8.5), ("int4-plain", 4.5)])
+def test_quantised_weights_are_compared_with_the_checkpoint(
+    run: Any, stories: Path, tmp_path: Path, weights: str, bits: float
+) -> None:
+    text = "Once there was a little dog. He liked to play with his ball in the park. One day the ball was gone."
+    (tmp_path / "text.txt").write_text(text)
+    command = ("inspect", "-m", stories, "--file", tmp_path / "text.txt", "--weights", weights)
+    done = run(*command, "--json")
+    record = json.loads(done.stdout)
+    assert f"{weights} weights are quantised: lossy against the checkpoint; drafts are exact for them\n" in done.stderr
+    quantised, checkpoint = (layerskip.load(stories, weights=each).score(text) for each in (weights, None))
+    found = record["quantised"]
+    assert record["layout"] == weights
+    assert found["tokens"] == record["text_tokens"] - 1
+    assert found["loss"] == pytest.approx(quantised.loss, abs=1e-5)
+    assert found["checkpoint_loss"] == pytest.approx(checkpoint.loss, abs=1e-5)
+    assert found["agreement"] == pytest.approx(quantised.agreement(checkpoint))
+    assert found["perplexity"] == pytest.approx(math.exp(quantised.loss - checkpoint.loss), rel=1e-4)
+    assert 0 < found["divergence"] < (0.01 if bits > 8 else 1)
+    assert record["bytes"]["bits_per_weight"] == pytest.approx(bits, rel=0.08)  # the MLP of 172 is filled up
+    assert (
+        record["bytes"]["read_per_token"]
+        < layerskip.load(stories, weights="plain").decoder.shape.parameters()["total"] * 2
+    )
+    table = run(*command)
+    assert f"float32, {weights} weights (quantised:" in " ".join(table.stdout.split())
+    assert f"{found['agreement']:.1%} of the likeliest are the same" in " ".join(table.stdout.split())
+
+
+def test_lossless_weights_are_compared_with_nothing(run: Any, tiny_checkpoint: Path) -> None:
+    done = run("inspect", "-m", tiny_checkpoint, "--json")
+    assert json.loads(done.stdout)["quantised"] is None
+    assert "quantised" not in run("inspect", "-m", tiny_checkpoint).output
+
+
 def test_windows_and_rope_are_shown(tiny_checkpoint: Path) -> None:
     from dataclasses import replace
 

@@ -52,13 +52,15 @@ class Progress:
 
 def show_record(record: Record, screen: Screen) -> None:
     """For each batch size: speed, how long one waits, where the time goes, and what became of the drafts."""
+    from layerskip.evaluate.record import held_as
+
     settings, speed = record["settings"], record["bandwidth"]
     for batch in dict.fromkeys(cell["batch"] for cell in record["cells"]):
         cells = [cell for cell in record["cells"] if cell["batch"] == batch]
         ours = [cell for cell in cells if not cell["peer"]]
         title = (
             f"batch {batch}: {settings['items']} prompts ({settings['prompts']}), {settings['repeat']} repeats, "
-            f"greedy, {record['model']['dtype']}; {modes(cells)}"
+            f"greedy, {held_as(record['model'])}; {modes(cells)}"
         )
         speeds = ("tokens/s", "decode", "end to end", "speedup", "same")
         screen.table([speed_row(cell) for cell in cells], columns=speeds, title=title)

@@ -79,7 +79,10 @@ class ModelFlags:
     ] = "auto"
     weights: Annotated[
         str,
-        _model(help="How weights are stored, all lossless: auto (the fastest), plain, packed (oneDNN), native (own)."),
+        _model(
+            help="How weights are stored: auto (the fastest lossless), plain, packed (oneDNN), native (own kernels); "
+            "or int8, int4: quantised, lossy against the checkpoint."
+        ),
     ] = "auto"
     device: Annotated[str, _model(help="auto (a GPU where there is one), cpu, cuda.")] = "auto"
     revision: Annotated[str | None, _model(help="Branch, tag or commit of a hub id.")] = None
@@ -90,10 +93,17 @@ class ModelFlags:
 
         from layerskip.llm import load
         from layerskip.model.native import build
+        from layerskip.model.pack import KERNELS, no_kernels
 
-        if self.weights in ("auto", "native") and build.is_due():
+        if self.weights in ("auto", *KERNELS) and build.is_due():
             typer.echo("building the kernels for this processor, once; ten to twenty seconds ...", err=True)
-        return load(self.model, dtype=self.dtype, device=self.device, revision=self.revision, weights=self.weights)
+        llm = load(self.model, dtype=self.dtype, device=self.device, revision=self.revision, weights=self.weights)
+        here = llm.decoder
+        if here.quantised:
+            line = f"{here.layout} weights are quantised: lossy against the checkpoint; drafts are exact for them"
+            why = no_kernels(here.shape, here.dtype, here.device) if here.layout != self.weights else None
+            typer.echo(line + (f"; computed by torch, slowly: {why}" if why else ""), err=True)
+        return llm
 
 
 @dataclass(frozen=True)

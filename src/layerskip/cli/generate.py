@@ -199,7 +199,9 @@ def _seed_note(given: SamplingFlags, used: Sampling) -> str:
 
 def held(llm: LLM) -> str:
     """How its weights are held, for people."""
-    return f"{dtype_name(llm)}, {llm.decoder.layout} weights"
+    from layerskip.model.quantise import note
+
+    return f"{dtype_name(llm)}, {llm.decoder.layout} weights{note(llm.decoder.layout)}"
 
 
 def dtype_name(llm: LLM) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 from layerskip import environment
 from layerskip.errors import RequestError, StorageError
 from layerskip.llm import LLM
+from layerskip.model.quantise import note
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,12 @@ def about(kind: str, llm: LLM) -> dict[str, Any]:
             "device": str(llm.decoder.device),
         },
     }
+
+
+def held_as(model: Mapping[str, Any]) -> str:
+    """How a record's model was held, for people: its dtype, and its weights where they are not the checkpoint's."""
+    lossy = note(str(model.get("layout")))
+    return f"{model['dtype']}, {model['layout']} weights{lossy}" if lossy else str(model["dtype"])
 
 
 def write(path: Path, record: Mapping[str, Any]) -> None:

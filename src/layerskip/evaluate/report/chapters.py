@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure
 
 from layerskip.errors import RequestError
+from layerskip.evaluate.record import held_as
 from layerskip.evaluate.report import charts, figures, tables
 from layerskip.evaluate.report.charts import Lines, Record
 from layerskip.evaluate.report.tables import NONE, Table, flat
@@ -116,7 +117,7 @@ def _head(record: Record) -> list[tuple[str, str]]:
         (
             "model",
             f"{model['name']}: {model['parameters']:,} parameters, {model['layers']} layers of {model['width']}, "
-            f"vocabulary {model['vocabulary']:,}, context {model['context']:,}, {model['dtype']}, {model['device']}",
+            f"vocabulary {model['vocabulary']:,}, context {model['context']:,}, {held_as(model)}, {model['device']}",
         ),
         *flat(record.get("settings") or {}),
         *(flat({"harness": record["harness"]}) if record.get("harness") else ()),

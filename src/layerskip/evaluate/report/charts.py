@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from layerskip.evaluate.record import held_as
+
 Record = Mapping[str, Any]
 
 
@@ -117,7 +119,7 @@ def place(record: Record) -> str:
         threads = machine["threads"]
         where = f"{' '.join(short.split())}, {threads} thread{'' if threads == 1 else 's'}"
     name = str(model["name"]).rstrip("/").split("/")[-1]
-    return f"{name}, {model['dtype']} · {where}"
+    return f"{name}, {held_as(model)} · {where}"
 
 
 # --- by exit
