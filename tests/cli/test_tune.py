@@ -142,18 +142,18 @@ def work(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that shows work: a layer takes a second, however many positions it has, and so does the head."""
     now = [0.0]
     calls = itertools.count()
-    layers, head = Decoder.run, Decoder.logits
+    layers, head = Decoder.run, Decoder.predict
 
     def run(self: Decoder, hidden: Any, at: Any, cache: Any, first: int = 0, last: Any = None, **how: Any) -> Any:
         now[0] += (self.shape.layers if last is None else last) - first
         return layers(self, hidden, at, cache, first, last, **how)
 
-    def logits(self: Decoder, hidden: Any) -> Any:
+    def predict(self: Decoder, hidden: Any, to: Any) -> Any:
         now[0] += 1
-        return head(self, hidden)
+        return head(self, hidden, to)
 
     monkeypatch.setattr(Decoder, "run", run)
-    monkeypatch.setattr(Decoder, "logits", logits)
+    monkeypatch.setattr(Decoder, "predict", predict)
     # no two rounds take exactly as long, as with a real clock
     monkeypatch.setattr(batch, "time", SimpleNamespace(perf_counter=lambda: now[0] + 1e-12 * next(calls) ** 2))
 

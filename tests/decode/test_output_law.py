@@ -31,6 +31,7 @@ CASES += [
         "confident exit",
         "gain exit",
         "thompson exit",
+        "narrow exit",
         "cascade",
         "auto",
         "assistant",
@@ -39,7 +40,7 @@ CASES += [
         "tree",
     )
 ]
-RARE = [(name, seed) for name in ("confident exit", "assistant") for seed in SEEDS[1:]]
+RARE = [(name, seed) for name in ("confident exit", "narrow exit", "assistant") for seed in SEEDS[1:]]
 
 SETTINGS = {
     "top-p": {"temperature": 0.7, "top_p": 0.9},
@@ -85,6 +86,7 @@ def make(tiny: Callable[..., Any], decoder_of: Callable[[Any], Any], tree: Any) 
         "confident exit": lambda: EarlyExit(1, tokens=3, confidence=0.6),
         "gain exit": lambda: EarlyExit(2, tokens=3, length="gain"),
         "thompson exit": lambda: EarlyExit(2, tokens=3, length="thompson"),
+        "narrow exit": lambda: EarlyExit(2, tokens=2, vocabulary=4, ranked=[3, 5]),
         "cascade": lambda: Cascade(Lookup(tokens=2, ngram=1, predicted=[3, 4, 4, 0]), EarlyExit(2, tokens=2)),
         "auto": lambda: Auto(tokens=3, exit=2),
         "lookup": lambda: Lookup(tokens=2, ngram=1, predicted=[3, 4, 4, 0]),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from layerskip.cli.flags import ModelFlags, ShowFlags, label
+from layerskip.cli.flags import ModelFlags, ShowFlags, label, vocabulary
 from layerskip.cli.material import MaterialFlags
+from layerskip.cli.prompts import read_file
 from layerskip.cli.screen import Screen, write_json
 from layerskip.errors import RequestError
 
@@ -50,6 +52,21 @@ class WayFlags:
         float | None,
         Option(metavar="P", help="End a draft where its likeliest token is less likely than this.", show_default=False),
     ] = None
+    draft_vocabulary: Annotated[
+        str | None,
+        Option(
+            metavar="N|auto|0[,N..]",
+            help="Propose only N tokens: every drafter with each of these. auto is what the checkpoint recommends, or "
+            "1.5% of its size; 0 is all.",
+            show_default=False,
+        ),
+    ] = None
+    draft_corpus: Annotated[
+        Path | None,
+        Option(
+            metavar="FILE", help="A text whose commonest tokens --draft-vocabulary takes first.", show_default=False
+        ),
+    ] = None
     peers: Annotated[
         list[str],
         Option(
@@ -69,20 +86,34 @@ class WayFlags:
         from layerskip.evaluate.ways import Way
 
         counts = [None] if self.draft_tokens is None else whole_numbers("--draft-tokens", [self.draft_tokens])
+        sizes = [None] if self.draft_vocabulary is None else [*map(vocabulary, self.draft_vocabulary.split(","))]
+        ranked = None if self.draft_corpus is None else llm.rank(read_file(self.draft_corpus))
         found = [Way(PLAIN)]
         if self.exit is not None:
             exits = read_exits(self.exit, layers=llm.decoder.shape.layers)
             found += [Way(f"exit {exit}", exit=exit) for exit in exits]
         for words in self.drafts or ([] if self.exit else ["early-exit"]):
-            for count in counts:
-                drafter = llm.drafter(words, tokens=count, confidence=self.confidence)
+            for count, size in product(counts, sizes):
+                drafter = llm.drafter(
+                    words,
+                    tokens=count,
+                    confidence=self.confidence,
+                    vocabulary=size,
+                    ranked=None if size == 0 else ranked,
+                )
                 if drafter is not None:
                     # a checkpoint may recommend one
                     confidence = drafter.confidence if isinstance(drafter, EarlyExit) else self.confidence
                     stops = "" if confidence is None else f" P={confidence:g}"
                     found.append(Way(label(words, drafter) + stops, drafter))
         if all(way.draft is None for way in found):
-            for name, value in (("--draft-tokens", self.draft_tokens), ("--confidence", self.confidence)):
+            options = {
+                "--draft-tokens": self.draft_tokens,
+                "--confidence": self.confidence,
+                "--draft-vocabulary": self.draft_vocabulary,
+                "--draft-corpus": self.draft_corpus,
+            }
+            for name, value in options.items():
                 if value is not None:
                     raise RequestError(
                         f"{name} {value} needs a drafter; add --draft early-exit:E, say, or leave it out"

@@ -10,11 +10,13 @@ import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from typer import Option
 
 from layerskip.cli.boundary import remember_debug
+from layerskip.cli.prompts import read_file
 from layerskip.errors import RequestError, suggest
 
 if TYPE_CHECKING:
@@ -142,6 +144,21 @@ class DraftFlags:
         float | None,
         _draft(metavar="P", help="End a draft where its likeliest token is less likely than this.", show_default=False),
     ] = None
+    draft_vocabulary: Annotated[
+        str | None,
+        _draft(
+            metavar="N|auto|0",
+            help="Propose only N tokens, the commonest and those of the text: for vocabularies so large that the head "
+            "costs more than the first layers. auto is what the checkpoint recommends, or 1.5% of its size; 0 is all.",
+            show_default=False,
+        ),
+    ] = None
+    draft_corpus: Annotated[
+        Path | None,
+        _draft(
+            metavar="FILE", help="A text whose commonest tokens --draft-vocabulary takes first.", show_default=False
+        ),
+    ] = None
 
     @property
     def draft(self) -> str:
@@ -151,13 +168,20 @@ class DraftFlags:
     def drafter(self, llm: LLM) -> Drafter | None:
         """The drafter, None for plain decoding. Raises what `LLM.drafter` raises."""
         drafter = llm.drafter(
-            self.draft, tokens=self.draft_tokens, confidence=self.confidence, length=self.draft_length
+            self.draft,
+            tokens=self.draft_tokens,
+            confidence=self.confidence,
+            length=self.draft_length,
+            vocabulary=None if self.draft_vocabulary is None else vocabulary(self.draft_vocabulary),
+            ranked=None if self.draft_corpus is None else llm.rank(read_file(self.draft_corpus)),
         )
         if drafter is None:
             options = {
                 "--draft-tokens": self.draft_tokens,
                 "--draft-length": self.draft_length,
                 "--confidence": self.confidence,
+                "--draft-vocabulary": self.draft_vocabulary,
+                "--draft-corpus": self.draft_corpus,
             }
             for name, value in options.items():
                 if value is not None:
@@ -258,17 +282,31 @@ class ShowFlags:
     ] = False
 
 
+def vocabulary(words: str) -> int | str:
+    """The size that "2048" means; "auto" is itself. Raises RequestError for other words."""
+    if words == "auto":
+        return words
+    try:
+        return int(words)
+    except ValueError as error:
+        raise RequestError(
+            f"--draft-vocabulary {words} is not possible; use auto, a number of tokens, or 0 for all"
+        ) from error
+
+
 def label(words: str, drafter: Drafter | None) -> str:
     """What reports call a way of decoding: "early-exit:3 K=4", or "plain"."""
     from layerskip.decode.controllers import MOST
     from layerskip.decode.drafters import Auto
+    from layerskip.evaluate.ways import narrowness
 
     if drafter is None:
         return "plain"
     if isinstance(drafter, Auto) and drafter.tokens == MOST:
-        return words
+        return words + narrowness(drafter)
     rule = getattr(drafter, "length", "fixed")  # not every drafter has one
-    return f"{_whole(words, drafter)} K={drafter.tokens}" + ("" if rule == "fixed" else f" {rule}")
+    length = "" if rule == "fixed" else f" {rule}"
+    return f"{_whole(words, drafter)} K={drafter.tokens}{length}{narrowness(drafter)}"
 
 
 def account(drafter: Drafter | None) -> str | None:
@@ -300,5 +338,7 @@ def draft_record(flags: DraftFlags, drafter: Drafter | None) -> dict[str, Any] |
     # a checkpoint may recommend one
     confidence = drafter.confidence if isinstance(drafter, EarlyExit) else flags.confidence
     named = {"drafter": _whole(flags.draft, drafter), "tokens": drafter.tokens, "confidence": confidence}
-    found = {} if flags.draft_length is None else {"length": flags.draft_length}
+    found: dict[str, Any] = {} if flags.draft_length is None else {"length": flags.draft_length}
+    size = getattr(drafter, "vocabulary", None)  # a checkpoint may recommend this too; not every drafter has it
+    found |= {} if size is None else {"vocabulary": size}
     return {**named, **found, **chosen}

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
 from layerskip.cli.flags import ModelFlags, ShowFlags
 from layerskip.cli.material import MaterialFlags
+from layerskip.cli.prompts import read_file
 from layerskip.cli.screen import Screen, write_json
+from layerskip.cli.tunetables import Record, setting_name, show_record
 from layerskip.errors import RequestError
 
 if TYPE_CHECKING:
     from layerskip.evaluate.drafts import Grid
     from layerskip.llm import LLM
-
-Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,29 @@ class GridFlags:
             help="Thresholds tried beside none: a draft ends where its likeliest token is less likely.",
         ),
     ] = "0.4,0.6,0.8"
+
+    draft_vocabulary: Annotated[
+        str,
+        Option(
+            metavar="auto|none|N[,N..]",
+            help="Sizes of a draft vocabulary, tried with the best setting; auto is a few, where the head is heavy.",
+        ),
+    ] = "auto"
+    draft_corpus: Annotated[
+        Path | None,
+        Option(
+            metavar="FILE", help="A text whose commonest tokens a draft vocabulary takes first.", show_default=False
+        ),
+    ] = None
+
+    def sizes(self) -> list[int] | None:
+        """Of draft vocabularies; None is auto. Raises RequestError for what is no list of numbers."""
+        words = self.draft_vocabulary
+        return None if words == "auto" else [] if words == "none" else numbers("--draft-vocabulary", words)
+
+    def ranked(self, llm: LLM) -> list[int]:
+        """Tokens by frequency. Raises RequestError where the corpus cannot be read."""
+        return [] if self.draft_corpus is None else llm.rank(read_file(self.draft_corpus))
 
     def grid(self, llm: LLM) -> Grid:
         """The same for the library. Raises RequestError for what is no list of numbers."""
@@ -89,6 +112,7 @@ def tune(*, model: ModelFlags, material: MaterialFlags, grid: GridFlags, run: Tu
     llm = model.load()
     screen = Screen(no_color=show.no_color)
     progress = Progress(screen, repeat=run.repeat)
+    ranked = grid.ranked(llm)
     tuning = Tuning(
         llm,
         encode_prompts(llm, wanted.prompts),
@@ -96,6 +120,8 @@ def tune(*, model: ModelFlags, material: MaterialFlags, grid: GridFlags, run: Tu
         settings=settings,
         repeat=run.repeat,
         measure=run.measure,
+        vocabulary=grid.sizes(),
+        ranked=ranked,
         source=wanted.source,
         folder=run.output,
         tell=screen.note,
@@ -108,7 +134,7 @@ def tune(*, model: ModelFlags, material: MaterialFlags, grid: GridFlags, run: Tu
     if not run.json:
         show_record(record, screen)
     if folder is not None:
-        save(record, folder, screen)
+        save(record, folder, screen, ranked=ranked)
     write_json(dict(record))
 
 
@@ -155,12 +181,12 @@ def writable_checkpoint(model: str | None) -> Path:
     return folder
 
 
-def save(record: Record, folder: Path, screen: Screen) -> None:
-    """Writes what a record recommends into a checkpoint, and says so."""
+def save(record: Record, folder: Path, screen: Screen, *, ranked: Sequence[int] = ()) -> None:
+    """Writes what a record recommends into a checkpoint, with the ranking it was measured with, and says so."""
     from layerskip.evaluate.verdict import as_recommended, quality
     from layerskip.llm import recommend
 
-    draft = as_recommended(record)
+    draft = as_recommended(record, ranked=ranked)
     recommend(folder, draft, quality=quality(record))
     what = (
         "no draft any more" if draft is None else f"{setting_name(record['recommended'])}; --draft early-exit takes it"
@@ -178,92 +204,3 @@ def draw(record: Record, path: Path, screen: Screen) -> None:
         return
     write_png(speedup_map(record), path)
     screen.note(f"{path} shows the speedups over exits and draft lengths")
-
-
-# --- tables
-
-
-def show_record(record: Record, screen: Screen) -> None:
-    """Acceptance by exit and position, the best predictions, what was measured, and the recommendation."""
-    settings = record["settings"]
-    screen.table(
-        exit_rows(record["exits"]),
-        columns=("exit", "agreement", *(f"pos {i + 1}" for i in positions(record["exits"]))),
-        title=f"acceptance along {settings['items']} greedy texts ({settings['prompts']}), by place in the draft",
-    )
-    screen.table(
-        [setting_row(each) for each in best_of_each(record["predicted"])],
-        columns=("exit", "K", "confidence", "tokens/round", "predicted"),
-        title="the best of each exit, predicted",
-    )
-    screen.table(
-        [measured_row(each) for each in record["measured"]],
-        columns=("setting (exact)", "tok/round", "predicted", "measured", "ratio"),
-        title=f"speedup over plain decoding, batch {settings['batch']}, {settings['repeat']} paired runs",
-    )
-    screen.line(record["reason"])
-    best = record["recommended"]
-    if best is not None:
-        screen.line(f"recommended: {flags_of(best)}")
-
-
-def positions(exits: Sequence[Record]) -> list[int]:
-    """The places that fit in a table, from 0."""
-    most = max(len(each["rate_by_position"]) for each in exits)
-    return [i for i in (0, 1, 2, 3, 5, 7, 11) if i < most]
-
-
-def exit_rows(exits: Sequence[Record]) -> list[tuple[str, ...]]:
-    """One row for each exit."""
-    shown = positions(exits)
-    return [
-        (
-            str(each["exit"]),
-            f"{each['agreement']:.1%}",
-            *(f"{each['rate_by_position'][i]:.1%}" if i < len(each["rate_by_position"]) else "" for i in shown),
-        )
-        for each in exits
-    ]
-
-
-def best_of_each(predicted: Sequence[Record]) -> list[Record]:
-    """For each exit, the best without a threshold, and the best with one where that is better."""
-    found: dict[tuple[int, bool], Record] = {}
-    for each in sorted(predicted, key=lambda each: -float(each["speedup"])):
-        key = each["exit"], each["confidence"] is None
-        plain = found.get((each["exit"], True))
-        if key not in found and not (plain is not None and not key[1]):
-            found[key] = each
-    return sorted(found.values(), key=lambda each: (each["exit"], each["confidence"] is not None))
-
-
-def setting_row(each: Record) -> tuple[str, ...]:
-    """A prediction."""
-    confidence = "" if each["confidence"] is None else f"{each['confidence']:g}"
-    rounded = f"{each['tokens_per_round']:.2f}", f"{each['speedup']:.2f}x"
-    return (str(each["exit"]), str(each["draft_tokens"]), confidence, *rounded)
-
-
-def measured_row(each: Record) -> tuple[str, ...]:
-    """A prediction beside its measurement."""
-    speedup = each["speedup"]
-    return (
-        setting_name(each),
-        f"{each['tokens_per_round']:.2f}",
-        f"{each['predicted']:.2f}x",
-        f"{speedup['median']:.2f}x ({speedup['low']:.2f}..{speedup['high']:.2f})",
-        f"{each['predicted'] / speedup['median']:.2f}",
-    )
-
-
-def setting_name(each: Record) -> str:
-    """As the library names it."""
-    from layerskip.evaluate.drafts import Setting
-
-    return Setting(each["exit"], each["draft_tokens"], each["confidence"]).name
-
-
-def flags_of(each: Record) -> str:
-    """A setting as options of generate."""
-    confidence = "" if each["confidence"] is None else f" --confidence {each['confidence']:g}"
-    return f"--draft early-exit:{each['exit']} --draft-tokens {each['draft_tokens']}{confidence}"

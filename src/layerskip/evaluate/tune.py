@@ -15,14 +15,16 @@ from typing import Any
 
 import torch
 
+from layerskip.decode.drafters import EarlyExit
 from layerskip.errors import RequestError
-from layerskip.evaluate import record
+from layerskip.evaluate import record, shortlists
 from layerskip.evaluate.acceptance import Continuation, continuations, count
 from layerskip.evaluate.bench import Ours, cells
-from layerskip.evaluate.cell import Measured
+from layerskip.evaluate.cell import Cell, Measured
 from layerskip.evaluate.contest import PLAIN, Contest, Settings, Step, at_least_one
 from layerskip.evaluate.cost import Costs, measure_costs
 from layerskip.evaluate.drafts import Draft, Grid, Prediction, Setting, choose, draft, predict, side_by_side
+from layerskip.evaluate.shortlists import Gained, gained
 from layerskip.evaluate.verdict import Checked, checked, fastest, reason
 from layerskip.evaluate.ways import Way
 from layerskip.llm import LLM
@@ -44,6 +46,10 @@ OTHER = {
 """What a run must have in common with the one it goes on with, and what it is called where it has not."""
 
 
+Repeat = dict[str, dict[str, Any]]
+"""Runs by name, as JSON has them."""
+
+
 @dataclass
 class Parts:
     """What is finished, as JSON has it.
@@ -52,11 +58,13 @@ class Parts:
         looked: acceptance.
         costs: of a round.
         repeats: of what is measured.
+        narrow: repeats of the best setting with draft vocabularies.
     """
 
     looked: dict[str, Any] | None = None
     costs: dict[str, Any] | None = None
-    repeats: list[dict[str, dict[str, Any]]] = field(default_factory=list)
+    repeats: list[Repeat] = field(default_factory=list)
+    narrow: list[Repeat] = field(default_factory=list)
 
 
 class Tuning:
@@ -69,6 +77,9 @@ class Tuning:
         settings: rows side by side, and how a text ends.
         repeat: runs of each setting that is measured.
         measure: how many are measured.
+        vocabulary: sizes of a draft vocabulary that are tried with the best setting; None is a few that fit, where the
+            head is heavy.
+        ranked: tokens by frequency, for them.
         source: where the prompts come from.
         folder: keeps the record after every part; None keeps it nowhere.
         tell: called with what begins.
@@ -87,6 +98,8 @@ class Tuning:
         settings: Settings,
         repeat: int,
         measure: int,
+        vocabulary: Sequence[int] | None = None,
+        ranked: Sequence[int] = (),
         source: str = "given",
         folder: Path | None = None,
         tell: Callable[[str], None] = lambda text: None,
@@ -95,6 +108,9 @@ class Tuning:
         grid.check(llm, max_tokens=settings.max_tokens)
         self.llm, self.prompts, self.grid, self.settings = llm, prompts, grid, settings
         self.repeat, self.measure = at_least_one("repeat", repeat), at_least_one("measure", measure)
+        self.vocabulary, self.ranked = vocabulary, ranked
+        for size in vocabulary or ():
+            EarlyExit(1, vocabulary=size, ranked=ranked).check(llm.decoder, exit=llm.decoder.shape.layers)
         self._tell, self._see, self._folder = tell, see, folder
         self.head = {**record.about("tune", llm), "settings": self._settings(source)}
         Contest([Ours(llm, Way(PLAIN, None))], prompts, settings=settings, device=llm.decoder.device)  # refuses at once
@@ -119,16 +135,17 @@ class Tuning:
         chosen = choose(predictions, self.measure)
         measured = self._measure(chosen)
         best = fastest(measured)
+        narrow = [] if best is None else self._narrow(best.prediction.setting)
         whole = {
             **self.head,
             "exits": exits,
             "costs": costs.record(),
             "predicted": [each.record() for each in predictions],
             "measured": [each.record() for each in measured],
-            "recommended": None
-            if best is None
-            else {**asdict(best.prediction.setting), "speedup": best.speedup.median},
-            "reason": reason(measured, {e["exit"]: e["agreement"] for e in exits}, costs, self.llm.decoder.shape),
+            "narrow": [each.record() for each in narrow],
+            "recommended": shortlists.recommended(best, shortlists.best(narrow)),
+            "reason": reason(measured, {e["exit"]: e["agreement"] for e in exits}, costs, self.llm.decoder.shape)
+            + shortlists.remark(narrow),
         }
         if self._folder is not None:
             record.write(self._folder / FILE, whole)
@@ -180,17 +197,32 @@ class Tuning:
         return Costs(**self.parts.costs)
 
     def _measure(self, chosen: Sequence[Prediction]) -> list[Checked]:
-        runners = [Ours(self.llm, way) for way in (Way(PLAIN, None), *(each.setting.way() for each in chosen))]
+        found = self._repeat([each.setting.way() for each in chosen], self.parts.repeats)
+        return [checked(each, found[each.setting.name]) for each in chosen]
+
+    def _narrow(self, setting: Setting) -> list[Gained]:
+        """The setting with draft vocabularies, beside itself without."""
+        sizes = self.vocabulary
+        if sizes is None:
+            sizes = shortlists.sizes(self.llm.decoder.shape, exit=setting.exit)
+        tried = shortlists.candidates(setting, sizes, draft_tokens=self.grid.draft_tokens)
+        if not tried:
+            return []
+        self._tell(f"draft vocabularies of {', '.join(map(str, sizes))} tokens, with {setting.name}")
+        found = self._repeat([setting.way(), *(each.way(self.ranked) for each in tried)], self.parts.narrow)
+        return [gained(each, found, without=setting) for each in tried]
+
+    def _repeat(self, ways: Sequence[Way], done: list[Repeat]) -> dict[str, Cell]:
+        """Runs ways and plain decoding in turns, as often as is left to do; what they come to, by name."""
+        runners = [Ours(self.llm, way) for way in (Way(PLAIN, None), *ways)]
         contest = Contest(runners, self.prompts, settings=self.settings, device=self.llm.decoder.device, see=self._see)
-        done = self.parts.repeats
         if len(done) < self.repeat:
             contest.warm_up()
         while len(done) < self.repeat:
             done.append({name: asdict(run) for name, run in contest.repeat(len(done)).items()})
             self._keep()
         repeats = [{name: Measured(**run) for name, run in runs.items()} for runs in done]
-        found = {cell.name: cell for cell in cells([r.who for r in runners], repeats, batch=self.settings.batch)}
-        return [checked(each, found[each.setting.name]) for each in chosen]
+        return {cell.name: cell for cell in cells([r.who for r in runners], repeats, batch=self.settings.batch)}
 
     # -- keeping
 
@@ -199,7 +231,7 @@ class Tuning:
             "prompts": source,
             "items": len(self.prompts),
             "prompt_tokens": sum(map(len, self.prompts)),
-            "prompt_digest": hashlib.sha256(repr([*map(list, self.prompts)]).encode()).hexdigest()[:16],
+            "prompt_digest": _digest([*map(list, self.prompts)]),
             "weights_digest": digest(self.llm),
             "batch": self.settings.batch,
             "max_tokens": self.settings.max_tokens,
@@ -209,6 +241,8 @@ class Tuning:
             "exits": list(self.grid.exits),
             "draft_tokens": list(self.grid.draft_tokens),
             "confidence": list(self.grid.confidences),
+            "draft_vocabulary": None if self.vocabulary is None else list(self.vocabulary),
+            "ranked_digest": _digest(self.ranked),
         }
 
     def _keep(self) -> None:
@@ -243,6 +277,10 @@ def _exit(texts: Sequence[Continuation], exit: int, most: int) -> dict[str, Any]
         "agreement": sum(right) / len(right),
         "loss": None,
     }
+
+
+def _digest(numbers: Sequence[Any]) -> str:
+    return hashlib.sha256(repr(list(numbers)).encode()).hexdigest()[:16]
 
 
 def digest(llm: LLM) -> str:

@@ -90,10 +90,20 @@ def reason(measured: Sequence[Checked], agreement: Mapping[int, float], costs: C
     )
 
 
-def as_recommended(found: Mapping[str, Any]) -> Recommended | None:
-    """What a finished record recommends to its checkpoint."""
+def as_recommended(found: Mapping[str, Any], *, ranked: Sequence[int] = ()) -> Recommended | None:
+    """What a finished record recommends to its checkpoint.
+
+    Args:
+        found: the record.
+        ranked: tokens by frequency, that its draft vocabularies were made of.
+    """
     best = found["recommended"]
-    return None if best is None else Recommended(best["exit"], best["draft_tokens"], best["confidence"])
+    if best is None:
+        return None
+    size = best.get("vocabulary")
+    return Recommended(
+        best["exit"], best["draft_tokens"], best["confidence"], vocabulary=size, ranked=tuple(ranked[: size or 0])
+    )
 
 
 def quality(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -170,9 +170,15 @@ def drafter_name(drafter: Drafter) -> str:
     from layerskip.decode.drafters import Auto, EarlyExit
 
     if isinstance(drafter, Auto):
-        return drafter.name
+        return drafter.name + narrowness(drafter)
     depth = f":{drafter.exit}" if isinstance(drafter, EarlyExit) else ""
-    return f"{drafter.name}{depth} K={drafter.tokens}"
+    return f"{drafter.name}{depth} K={drafter.tokens}{narrowness(drafter)}"
+
+
+def narrowness(drafter: Drafter) -> str:
+    """ " N=2048" where only so many tokens are proposed."""
+    vocabulary = getattr(drafter, "vocabulary", None)  # not every drafter has one
+    return "" if vocabulary is None else f" N={vocabulary}"
 
 
 def _run(llm: LLM, task: Task, prompts: Sequence[Sequence[int]], way: Way) -> Run:

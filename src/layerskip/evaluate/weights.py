@@ -26,10 +26,12 @@ class Weights:
     Args:
         layers: of each layer.
         head: of the final norm and the head.
+        rows: tokens of the head.
     """
 
     layers: tuple[int, ...]
     head: int
+    rows: int = 1
 
     @classmethod
     def of(cls, decoder: Decoder) -> Weights:
@@ -37,6 +39,7 @@ class Weights:
         return cls(
             tuple(stored_bytes(layer) for layer in decoder.layers),
             stored_bytes(decoder.head) + stored_bytes(decoder.norm),
+            decoder.shape.vocab,
         )
 
     def round(self, way: Way, *, drafted: int) -> int | None:
@@ -44,7 +47,7 @@ class Weights:
 
         A verification, like a step of plain decoding, passes over all layers and the head once: after an early exit
         the draft's last pass is the lower part of it. Every drafted token costs a pass over the first E layers and the
-        head; a copied one costs none.
+        head, or as many rows of it as the draft vocabulary has; a copied one costs none.
 
         Args:
             way: of decoding.
@@ -63,7 +66,8 @@ class Weights:
         if drafter is None or type(drafter) is Lookup:
             return whole
         if type(drafter) is EarlyExit:
-            return whole + drafted * (sum(self.layers[: drafter.exit]) + self.head)
+            rows = self.rows if drafter.vocabulary is None else drafter.vocabulary
+            return whole + drafted * (sum(self.layers[: drafter.exit]) + self.head * rows // self.rows)
         return None
 
     def run(self, way: Way, ticks: Sequence[Tick]) -> int | None:

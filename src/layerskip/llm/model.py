@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 from layerskip.decode.batch import Batch
 from layerskip.decode.draft import Drafter
 from layerskip.decode.drafters import Assistant, Auto, Cascade, EarlyExit, Lookup
+from layerskip.decode.drafters.shortlist import fitting, rank
 from layerskip.decode.pool import Pool
 from layerskip.decode.randomness import new_seed, sample_seed
 from layerskip.decode.request import Request, Round
@@ -39,7 +40,17 @@ if TYPE_CHECKING:
 
 DRAFTERS = ("auto", "none", "early-exit", "lookup", "cascade", "assistant")
 
-_UNASKED = {"lookup": "lookup copies", "auto": "auto finds by itself where to exit and how long to draft,"}
+_WHY = {
+    "lookup": "lookup copies",
+    "auto": "auto finds by itself where to exit and how long to draft,",
+    "assistant": "assistant has a head of its own",
+}
+_NARROW = ("draft vocabulary", "ranking of tokens")
+_UNASKED = {
+    "lookup": ("confidence", "draft length", *_NARROW),
+    "auto": ("confidence", "draft length"),
+    "assistant": _NARROW,
+}
 
 
 class LLM:
@@ -366,7 +377,14 @@ class LLM:
     # -- drafters
 
     def drafter(
-        self, words: str, *, tokens: int | None = None, confidence: float | None = None, length: str | None = None
+        self,
+        words: str,
+        *,
+        tokens: int | None = None,
+        confidence: float | None = None,
+        length: str | None = None,
+        vocabulary: int | str | None = None,
+        ranked: Sequence[int] | None = None,
     ) -> Drafter | None:
         """The drafter that words name: "auto", "none", "early-exit:E", "lookup", "cascade:E" or "assistant:PATH".
 
@@ -375,6 +393,10 @@ class LLM:
             tokens: K, the most tokens drafted in a round; None is the drafter's own default.
             confidence: stop a draft where the drafter is less sure than this (early-exit, cascade and assistant).
             length: how long they draft: "fixed", "thompson" or "gain"; None is fixed.
+            vocabulary: propose only so many tokens (early-exit, cascade and auto). "auto" is what the checkpoint
+                recommends, else what fits into 1.5% of its weights, if that leaves out more than half; 0 is all; None
+                is what the checkpoint recommends where it chooses the exit as well, else all.
+            ranked: tokens by frequency for that, as from `rank`; None is what the checkpoint has.
 
         Raises:
             RequestError: no such drafter, or a value out of range.
@@ -387,40 +409,66 @@ class LLM:
             raise RequestError(f"{kind} takes nothing after it, not {argument!r}; write {kind}")
         if kind == "none":
             return None
-        if kind in ("lookup", "auto"):
-            for name, value in (("confidence", confidence), ("draft length", length)):
-                if value is not None:
-                    raise RequestError(f"{_UNASKED[kind]} and has no {name}; leave it out")
-            if kind == "auto":
-                return self._auto(tokens)
+        given = {
+            "confidence": confidence,
+            "draft length": length,
+            "draft vocabulary": vocabulary or None,  # 0 is none
+            "ranking of tokens": ranked,
+        }
+        for name in _UNASKED.get(kind, ()):
+            if given[name] is not None:
+                raise RequestError(f"{_WHY[kind]} and has no {name}; leave it out")
+        if kind == "lookup":
             return Lookup() if tokens is None else Lookup(tokens=tokens)
         length = length or "fixed"
         if kind == "assistant":
             if not argument:
                 raise RequestError("assistant needs a checkpoint; write assistant:PATH")
             return self.assistant(argument, tokens=tokens, confidence=confidence, length=length)
+        narrow = self._narrow(vocabulary, ranked, advised=not colon)
+        if kind == "auto":
+            return self._auto(tokens, narrow)
         if colon and not argument.isdecimal():
             raise RequestError(f"{kind} needs a number of layers, not {argument!r}; write {kind}:3, say")
-        if colon:
-            early = EarlyExit(int(argument), tokens=tokens, confidence=confidence, length=length)
-        else:
-            early = self._recommended(kind, tokens, confidence, length)
+        if not colon:
+            advice = self._advice(kind)
+            argument = str(advice.exit)
+            if length == "fixed":
+                tokens = advice.draft_tokens if tokens is None else tokens
+                confidence = advice.confidence if confidence is None else confidence
+        early = EarlyExit(int(argument), tokens=tokens, confidence=confidence, length=length, **narrow)
         return early if kind == "early-exit" else Cascade(Lookup(), early)
 
-    def _recommended(self, kind: str, tokens: int | None, confidence: float | None, length: str) -> EarlyExit:
+    def rank(self, text: str) -> list[int]:
+        """Token ids of a text, the most frequent first: for `ranked` of drafters with a draft vocabulary."""
+        return rank(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _advice(self, kind: str) -> Recommended:
         if self.recommended is None:
             raise RequestError(f"{self.name} recommends no exit; write {kind}:3, say")
-        if length != "fixed":
-            return EarlyExit(self.recommended.exit, tokens=tokens, confidence=confidence, length=length)
-        count = self.recommended.draft_tokens if tokens is None else tokens
-        sure = self.recommended.confidence if confidence is None else confidence
-        return EarlyExit(self.recommended.exit, tokens=count, confidence=sure)
+        return self.recommended
 
-    def _auto(self, tokens: int | None) -> Auto:
+    def _narrow(self, size: int | str | None, ranked: Sequence[int] | None, *, advised: bool) -> dict[str, Any]:
+        """Vocabulary and ranking of a drafter, as `drafter` explains them."""
+        advice = self.recommended
+        known = None if advice is None else advice.vocabulary
+        if isinstance(size, str):
+            if size != "auto":
+                raise RequestError(f"draft vocabulary {size!r} is not possible; use 'auto', or a number of tokens")
+            fits = fitting(self.decoder.shape)
+            size = known or (fits if 0 < fits < self.decoder.shape.vocab / 2 else None)
+            ranked = ranked if size else ()
+        elif size is None and advised:
+            size = known
+        if not size:
+            return {"vocabulary": None, "ranked": ranked or ()}
+        return {"vocabulary": size, "ranked": (advice.ranked if advice else ()) if ranked is None else ranked}
+
+    def _auto(self, tokens: int | None, narrow: Mapping[str, Any]) -> Auto:
         settings: dict[str, Any] = {} if tokens is None else {"tokens": tokens}
         if self.recommended is not None:
             settings |= {"exit": self.recommended.exit, "guesses": self.recommended.acceptance}
-        return Auto(**settings)
+        return Auto(**settings, **narrow)
 
     def assistant(
         self,

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from layerskip.errors import CheckpointError, StorageError
-from layerskip.model.checkpoint import read_config
+from layerskip.model.checkpoint import read_config, read_json
+
+RANKED = "draft_vocabulary.json"
+"""A file beside config.json, {"ranked": token ids, the most frequent first}."""
+
+_OURS = ("exit", "draft_tokens", "confidence", "draft_vocabulary")
 
 
 @dataclass(frozen=True)
@@ -23,19 +28,24 @@ class Recommended:
         confidence: a draft ends after the first token that the exit is less sure of; None never ends it.
         acceptance: by exit, the share of drafted tokens that were kept, as far as somebody measured it: what
             `--draft auto` begins with.
+        vocabulary: N, propose only so many tokens; None is all.
+        ranked: tokens by frequency for that, the likeliest first.
     """
 
     exit: int
     draft_tokens: int
     confidence: float | None = None
     acceptance: Mapping[int, float] = field(default_factory=dict)
+    vocabulary: int | None = None
+    ranked: Sequence[int] = ()
 
 
 def recommended(folder: Path) -> Recommended | None:
     """Reads it; None where a checkpoint recommends nothing.
 
     Raises:
-        CheckpointError: what is there is not an exit, a number of tokens and, where there is one, a probability.
+        CheckpointError: what is there is not an exit, a number of tokens and, where there are such, a probability and a
+            number of tokens to propose; or `RANKED` holds no token ids.
     """
     settings = read_config(folder).get("layerskip")
     if settings is None:
@@ -49,6 +59,8 @@ def recommended(folder: Path) -> Recommended | None:
         _count(settings, "draft_tokens", folder),
         _confidence(settings, folder),
         _acceptance(settings),
+        None if settings.get("draft_vocabulary") is None else _count(settings, "draft_vocabulary", folder),
+        _ranked(folder),
     )
 
 
@@ -68,20 +80,39 @@ def recommend(folder: Path, draft: Recommended | None, *, quality: Mapping[str, 
     settings = config.get("layerskip") or {}
     if not isinstance(settings, dict):
         raise CheckpointError(f"{folder}/config.json: layerskip is {settings!r}; it must be an object, or left out")
-    kept = {key: value for key, value in settings.items() if key not in ("exit", "draft_tokens", "confidence")}
+    kept = {key: value for key, value in settings.items() if key not in _OURS}
     if draft is not None:
-        kept |= {"exit": draft.exit, "draft_tokens": draft.draft_tokens}
-        kept |= {} if draft.confidence is None else {"confidence": draft.confidence}
+        ours = (draft.exit, draft.draft_tokens, draft.confidence, draft.vocabulary)
+        kept |= {key: value for key, value in zip(_OURS, ours, strict=True) if value is not None}
     kept["quality"] = {**(settings.get("quality") or {}), **quality}
-    path = folder / "config.json"
+    if draft is not None and draft.ranked:
+        _write(folder / RANKED, json.dumps({"ranked": list(draft.ranked)}))
+    _write(folder / "config.json", json.dumps({**config, "layerskip": kept}, indent=2))
+    if draft is None or not draft.ranked:
+        (folder / RANKED).unlink(missing_ok=True)
+
+
+def _write(path: Path, text: str) -> None:
     unfinished = path.with_name(path.name + ".unfinished")
     try:
-        unfinished.write_text(json.dumps({**config, "layerskip": kept}, indent=2) + "\n", encoding="utf-8")
+        unfinished.write_text(text + "\n", encoding="utf-8")
         os.replace(unfinished, path)
     except OSError as error:
         raise StorageError(
             f"cannot write {path}: {error.strerror or error}; it is as it was: copy the checkpoint to another place"
         ) from error
+
+
+def _ranked(folder: Path) -> tuple[int, ...]:
+    path = folder / RANKED
+    if not path.exists():
+        return ()
+    ids = read_json(path).get("ranked")
+    if not isinstance(ids, list) or not all(type(token) is int and token >= 0 for token in ids):
+        raise CheckpointError(
+            f"{path} has no list of token ids under ranked; write it anew with layerskip tune --save, or delete it"
+        )
+    return tuple(ids)
 
 
 def _count(settings: dict[str, Any], name: str, folder: Path) -> int:

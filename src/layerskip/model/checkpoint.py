@@ -22,6 +22,7 @@ from layerskip.errors import CheckpointError, RequestError
 from layerskip.model.decoder import Decoder
 from layerskip.model.names import DTYPES, HEAD, Found, assign, empty_decoder, matched, tied_head_differs
 from layerskip.model.pack import chosen, pack
+from layerskip.model.rows import FileRows
 from layerskip.model.shape import Shape
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -31,7 +32,7 @@ NEEDED = f"a checkpoint folder holds config.json, and {SINGLE} or {INDEX} with i
 _HUB_FILES = [
     *("config*.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"),
     *("tokenizer*", "*.model", "special_tokens_map.json", "vocab.*", "merges.txt", "added_tokens.json"),
-    "chat_template*",
+    *("chat_template*", "draft_vocabulary.json"),
 ]
 _NAMED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
@@ -185,6 +186,11 @@ def load_decoder(
             name = names["embedding.weight"]
             table = _open(Path(found[name].where)).get_tensor(name)
             decoder.embedding.weight = nn.Parameter(table, requires_grad=False)
+        if layout == "packed":  # an opaque tensor; a draft vocabulary needs rows of it
+            name = names["embedding.weight" if shape.tied else "head.weight"]
+            kind = found[name].dtype
+            assert isinstance(kind, torch.dtype), "what cannot be read was refused"
+            decoder.head_in_file = FileRows(Path(found[name].where), name, kind)
         _give_back()
     return decoder
 

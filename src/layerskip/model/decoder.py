@@ -17,8 +17,9 @@ from layerskip.model.cache import Cache, RowIndex
 from layerskip.model.compiled import Compiled
 from layerskip.model.native.span import Native
 from layerskip.model.pack import KERNELS, Fan, pack
-from layerskip.model.quantise import bits_of
+from layerskip.model.quantise import Quantised, bits_of
 from layerskip.model.rope import cos_sin
+from layerskip.model.rows import FileRows
 from layerskip.model.shape import Shape
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -92,6 +93,7 @@ class Decoder(nn.Module):
         self.shape, self.layout = shape, "plain"  # of the weights, as `pack` calls it
         self._native: Native | None = None
         self.compiled: Compiled | None = None
+        self.head_in_file: FileRows | None = None  # where the head as it is stored cannot be read
         self.embedding = Table(shape.vocab, shape.width)
         self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.layers))
         self.norm = nn.RMSNorm(shape.width, shape.eps)
@@ -154,12 +156,23 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., D) at any depth -> (..., V), through the one shared norm and head."""
+        return self.predict(hidden, self.head)
+
+    def predict(self, hidden: Tensor, head: nn.Module) -> Tensor:
+        """Hidden states (..., D) -> (..., N) through the final norm and a head of N outputs, stored as the weights."""
         if self._native is not None:
-            return self._native.logits(hidden)
-        if self.compiled is not None and (found := self.compiled.logits(hidden)) is not None:
+            return self._native.logits(hidden, head)
+        if self.compiled is not None and head is self.head and (found := self.compiled.logits(hidden)) is not None:
             return found
-        out: Tensor = self.head(self.norm(hidden))
+        out: Tensor = head(self.norm(hidden))
         return out
+
+    def head_rows(self, tokens: Tensor) -> Tensor:
+        """Rows (n, D) of the head's weight, for token ids (n,); where it is not in the order of the kernels."""
+        head: nn.Module = self.head
+        if isinstance(head, Quantised):
+            return head.weight(tokens).to(self.dtype)
+        return self.head.weight[tokens] if self.head_in_file is None else self.head_in_file.take(tokens).to(self.dtype)
 
     def run(
         self,
@@ -247,6 +260,8 @@ class Decoder(nn.Module):
         rows: RowIndex,
         limit: int,
         stop: Callable[[list[float]], bool] | None = None,
+        head: nn.Module | None = None,
+        names: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The likeliest tokens after the given ones, one after the other, as the first layers and the head see them.
 
@@ -260,17 +275,21 @@ class Decoder(nn.Module):
             limit: as in `run`, for the given tokens.
             stop: given the probability of the token just drafted in each row, whether to draft no more. Asking takes a
                 softmax over the vocabulary.
+            head: as in `predict`; None is the model's own.
+            names: (N,) the token that each output of `head` means; None where they are the tokens.
 
         Returns:
             (B, K) the tokens, and (B, K + 1, D) the states after layer exit-1 of the given ones and of all
             drafted ones.
         """
+        head = self.head if head is None else head
         if self._native is not None and self._native.drafts:
             if any(self.shape.windows):
                 steps = (at + torch.arange(count + 1)).clamp(max=cache.slots)
                 cache.place(rows, steps, steps)
+            limit = min(limit, cache.slots)
             return self._native.draft(
-                tokens, at, cache, exit, count, rows=rows, limit=min(limit, cache.slots), stop=stop
+                tokens, at, cache, exit, count, rows=rows, limit=limit, stop=stop, head=head, names=names
             )
         states = list[Tensor]()
         while True:
@@ -278,8 +297,9 @@ class Decoder(nn.Module):
             states.append(self.run(self.embed(tokens[:, -1:]), at + i, cache, 0, exit, rows=rows, limit=limit + i))
             if i == count:
                 break
-            logits = self.logits(states[-1])
-            tokens = torch.cat((tokens, logits.argmax(-1)), 1)
+            logits = self.predict(states[-1], head)
+            best = logits.argmax(-1)
+            tokens = torch.cat((tokens, best if names is None else names[best]), 1)
             if stop is not None and stop(largest_probability(logits)):
                 count = i + 1
         return tokens[:, 1:], torch.cat(states, 1)

@@ -118,10 +118,11 @@ class Quantised(nn.Module):
         bias = None if self.bias is None else self.bias.float()
         return F.linear(rounded(x), self.weight(), bias).to(x.dtype)
 
-    def weight(self) -> Tensor:
-        """The weights that the numbers stand for, (O, I) float32."""
-        numbers = self.numbers.view(torch.int8) if self.bits == 8 else _from_bytes(self.numbers)
-        return (numbers * self.scales.float()[..., None]).flatten(1)[:, : self.inputs]
+    def weight(self, outputs: Tensor | slice = slice(None)) -> Tensor:
+        """The weights that the numbers stand for, (O, I) float32, or of some outputs."""
+        held = self.numbers[outputs]
+        numbers = held.view(torch.int8) if self.bits == 8 else _from_bytes(held)
+        return (numbers * self.scales[outputs].float()[..., None]).flatten(1)[:, : self.inputs]
 
 
 class QuantisedFan(Quantised):

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -24,6 +25,7 @@ from layerskip.decode.drafters.cascade import copying_pays
 from layerskip.decode.drafters.copies import Copies, Copy
 from layerskip.decode.drafters.early_exit import draft_at, run_on
 from layerskip.decode.drafters.lookup import Lookup
+from layerskip.decode.drafters.shortlist import narrowed
 from layerskip.decode.randomness import Purpose
 from layerskip.decode.sampling import draw
 from layerskip.errors import RequestError, check_number, check_whole
@@ -78,10 +80,13 @@ class Auto:
         exit: to begin with; None finds one.
         guesses: acceptance by exit, where something is known beforehand.
         lookup: whether to copy as well.
+        vocabulary: N, propose only N tokens, the likeliest and those of the text, as in `EarlyExit`. Only where text is
+            greedy: draws match the target's by their place in the whole vocabulary.
+        ranked: tokens by frequency, for `vocabulary`.
         clock: seconds, for what choosing itself takes.
 
     Raises:
-        RequestError: tokens or exit below 1, a guess outside 0..1.
+        RequestError: tokens, exit or vocabulary below 1, a guess outside 0..1, or a ranking without a vocabulary.
     """
 
     name = "auto"
@@ -94,6 +99,8 @@ class Auto:
         exit: int | None = None,
         guesses: Mapping[int, float] | None = None,
         lookup: bool = True,
+        vocabulary: int | None = None,
+        ranked: Sequence[int] = (),
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.tokens = check_tokens(tokens)
@@ -106,6 +113,7 @@ class Auto:
             if not 0 <= guess <= 1:
                 raise RequestError(f"acceptance {guess} of exit {place} is not possible; use 0 to 1")
         self.exit, self.guesses = exit, dict(guesses or {})
+        self.vocabulary, self._narrowed = vocabulary, narrowed(vocabulary, ranked)
         self.counts: dict[str, Count] = {}
         self.choosing = 0.0
         self._copies = Copies(Lookup(tokens=tokens)) if lookup else None
@@ -115,7 +123,13 @@ class Auto:
         self._chosen = "plain"
 
     def check(self, decoder: Decoder, *, exit: int) -> None:
-        """Serves every decoder: one without an earlier exit is decoded plainly, or with copies."""
+        """Serves every decoder: one without an earlier exit is decoded plainly, or with copies.
+
+        Raises:
+            RequestError: a draft vocabulary that leaves nothing out.
+        """
+        if self._narrowed is not None:
+            self._narrowed.check(decoder)
 
     def propose(self, rows: Rows, tokens: int) -> Draft:
         """One kind of draft for all rows, or an empty one."""
@@ -132,22 +146,28 @@ class Auto:
             draft = self._copies.draft(rows, found)
             return AutoDraft(**vars(draft), decision=decision, copies=True, **notes)
         states: dict[int, Tensor] = {}
+        head = self._narrowed.head(rows) if self._narrowed is not None and rows.law.greedy else None
+        predict = rows.decoder.logits if head is None else partial(head.logits, rows.decoder)
         if course is not None:
-            draft, states = draft_at(rows, tokens, course, exit=decision.exit, taps=decision.taps, matched=True)
+            draft, states = draft_at(
+                rows, tokens, course, exit=decision.exit, taps=decision.taps, head=head, matched=True
+            )
         elif decision.taps:
             hidden, depth = run_on(rows, rows.decoder.embed(rows.last), 0, decision.taps, states)
             draft = Draft(rows.last[:, :0], hidden=hidden, depth=depth)
         else:
             draft = Draft(rows.last[:, :0])
         began = self._clock()
-        seen = {tap: said(rows, draft, hidden) for tap, hidden in states.items()}
+        seen = {tap: said(rows, draft, hidden, predict=predict) for tap, hidden in states.items()}
         looking = self._clock() - began if seen else 0.0
         return AutoDraft(**vars(draft), decision=decision, seen=seen, looking=looking, **notes)
 
     def leave(self, key: int) -> None:
-        """Forgets the row's index."""
+        """Forgets what it keeps for the row."""
         if self._copies is not None:
             self._copies.lookup.leave(key)
+        if self._narrowed is not None:
+            self._narrowed.leave(key)
 
     def observe(self, rows: Rows, draft: Draft, outcome: Outcome) -> None:
         """Learns from the round."""
@@ -227,7 +247,7 @@ class Auto:
         if mind is None:
             mind = self._minds[shape, rows.exit] = Online(
                 rows.exit,
-                head=head_layers(shape),
+                head=head_layers(shape) * (1 if self.vocabulary is None else self.vocabulary / shape.vocab),
                 tokens=self.tokens,
                 start=self.exit,
                 guesses=self.guesses,
@@ -276,15 +296,16 @@ def head_layers(shape: Shape) -> float:
     return shape.vocab / (attention + 3 * shape.ffn_width)
 
 
-def said(rows: Rows, draft: Draft, hidden: Tensor) -> list[list[int]]:
+def said(rows: Rows, draft: Draft, hidden: Tensor, *, predict: Callable[[Tensor], Tensor]) -> list[list[int]]:
     """The token that an exit would draft at every node of a chain, by the numbers that the target draws by.
 
     Args:
         rows: of the round.
         draft: of it.
         hidden: (B, K + 1, D) states of the nodes at the exit.
+        predict: states -> logits.
     """
-    logits = rows.decoder.logits(hidden)
+    logits = predict(hidden)
     if rows.law.greedy:  # bans and penalties may turn it; an estimate does without
         tokens: Tensor = logits.float().argmax(-1)
     else:

@@ -53,6 +53,11 @@ class Cascade:
         """The most tokens drafted in a round."""
         return max(self.lookup.tokens, self.exit.tokens)
 
+    @property
+    def vocabulary(self) -> int | None:
+        """As many tokens the exit may propose; None is all. Copies are free."""
+        return self.exit.vocabulary
+
     def check(self, decoder: Decoder, *, exit: int) -> None:
         """Raises RequestError where one of the two cannot draft."""
         self.lookup.check(decoder, exit=exit)
@@ -67,8 +72,9 @@ class Cascade:
         return CascadeDraft(**vars(draft), found=found, copies=copies)
 
     def leave(self, key: int) -> None:
-        """Forgets the row's index."""
+        """Both forget the row."""
         self.lookup.leave(key)
+        self.exit.leave(key)
 
     def observe(self, rows: Rows, draft: Draft, outcome: Outcome) -> None:
         """Learns what copies are worth, and what either takes."""

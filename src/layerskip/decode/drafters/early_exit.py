@@ -7,6 +7,7 @@ layer processes a drafted position twice.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,8 +15,10 @@ from torch import Tensor
 from layerskip.decode.controllers import Controller, Plan, controller_for
 from layerskip.decode.draft import Draft, Outcome, Rows
 from layerskip.decode.drafters.chain import Ends, draw_chain
+from layerskip.decode.drafters.shortlist import narrowed
 from layerskip.errors import RequestError, check_whole
 from layerskip.model.decoder import Decoder
+from layerskip.model.narrow import NarrowHead
 
 
 class EarlyExit:
@@ -28,21 +31,35 @@ class EarlyExit:
             stops.
         length: "fixed", or a rule that finds the length while decoding: "thompson" or "gain" (see `controllers`). They
             look at the clock, so with a seed, sampled text repeats in law only.
+        vocabulary: N, propose only N tokens, the likeliest and those of the text, through a head of so many rows: for
+            vocabularies so large that the head costs more than the first layers. None is all of them. Rows of a batch
+            share what is proposed, so with a seed, sampled text then depends on its neighbours, in all but its law.
+        ranked: tokens by frequency, the likeliest first, for `vocabulary` (see `LLM.rank`); those it leaves out follow
+            by their ids.
 
     Raises:
-        RequestError: exit or tokens below 1, confidence outside (0, 1], no such rule, or a threshold beside one.
+        RequestError: exit, tokens or vocabulary below 1, confidence outside (0, 1], no such rule, a threshold beside
+            one, or a ranking without a vocabulary.
     """
 
     name = "early-exit"
 
     def __init__(
-        self, exit: int, *, tokens: int | None = None, confidence: float | None = None, length: str = "fixed"
+        self,
+        exit: int,
+        *,
+        tokens: int | None = None,
+        confidence: float | None = None,
+        length: str = "fixed",
+        vocabulary: int | None = None,
+        ranked: Sequence[int] = (),
     ) -> None:
         check_whole("draft exit", exit)
         if exit < 1:
             raise RequestError(f"draft exit {exit} is not possible; use 1 or more layers")
         self.exit, self.confidence, self.length = exit, confidence, length
         self.controller: Controller = controller_for(tokens, confidence=confidence, length=length)
+        self.vocabulary, self._narrowed = vocabulary, narrowed(vocabulary, ranked)
 
     @property
     def tokens(self) -> int:
@@ -57,13 +74,18 @@ class EarlyExit:
                 if exit > 1
                 else "a model that decodes with 1 layer has no earlier exit to draft from; use no drafter"
             )
+        if self._narrowed is not None:
+            self._narrowed.check(decoder)
 
     def propose(self, rows: Rows, tokens: int) -> Draft:
         """Runs the first layers one token at a time; the last pass only brings the last token to the exit."""
-        return draft_at(rows, tokens, self.controller.plan(len(rows.ids)), exit=self.exit)[0]
+        head = None if self._narrowed is None else self._narrowed.head(rows)
+        return draft_at(rows, tokens, self.controller.plan(len(rows.ids)), exit=self.exit, head=head)[0]
 
     def leave(self, key: int) -> None:
-        """It keeps nothing of a row."""
+        """Forgets how far it followed the row's text."""
+        if self._narrowed is not None:
+            self._narrowed.leave(key)
 
     def observe(self, rows: Rows, draft: Draft, outcome: Outcome) -> None:
         """Tells the controller what became of the draft."""
@@ -71,7 +93,14 @@ class EarlyExit:
 
 
 def draft_at(
-    rows: Rows, tokens: int, plan: Plan, *, exit: int, taps: Sequence[int] = (), matched: bool = False
+    rows: Rows,
+    tokens: int,
+    plan: Plan,
+    *,
+    exit: int,
+    taps: Sequence[int] = (),
+    head: NarrowHead | None = None,
+    matched: bool = False,
 ) -> tuple[Draft, dict[int, Tensor]]:
     """A draft of an exit, and the states of its nodes at other depths, for which no layer runs twice.
 
@@ -84,6 +113,7 @@ def draft_at(
         plan: how many.
         exit: E.
         taps: depths below the target's, in ascending order, other than E.
+        head: to draft by; None is the model's own.
         matched: as in `draw_chain`.
 
     Returns:
@@ -95,12 +125,22 @@ def draft_at(
         ends = Ends(plan, rows=len(rows.ids), count=count)
         stop = ends if plan.confident else None
         drafted, hidden = decoder.draft(
-            rows.last, rows.at, rows.cache, exit, count, rows=rows.index, limit=rows.longest, stop=stop
+            rows.last,
+            rows.at,
+            rows.cache,
+            exit,
+            count,
+            rows=rows.index,
+            limit=rows.longest,
+            stop=stop,
+            head=None if head is None else head.head,
+            names=None if head is None else head.names,
         )
         hidden, depth = run_on(rows, hidden, exit, taps, states)
         return Draft(
             drafted, lengths=ends.lengths(drafted), hidden=hidden, depth=depth, confidence=ends.confidence
         ), states
+    predict = decoder.logits if head is None else partial(head.logits, decoder)
     stations = [*(tap for tap in taps if tap < exit), exit]
     passed: dict[int, list[Tensor]] = {station: [] for station in stations}
 
@@ -112,7 +152,7 @@ def draft_at(
             first = last
         return hidden
 
-    chain = draw_chain(rows, tokens, plan, step=lambda token, i: decoder.logits(run(token, i)), matched=matched)
+    chain = draw_chain(rows, tokens, plan, step=lambda token, i: predict(run(token, i)), matched=matched)
     run(chain.tokens[:, -1:], chain.tokens.shape[1])
     states = {station: torch.cat(parts, 1) for station, parts in passed.items()}
     hidden, depth = run_on(rows, states.pop(exit), exit, [tap for tap in taps if tap > exit], states)

@@ -5,6 +5,7 @@ Knows weights and their sizes; does not know which layer they are of. I inputs, 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -38,9 +39,33 @@ class Blocks(nn.Module):
         self.weight = blocks[0] if len(blocks) == 1 else torch.stack(blocks, 1).flatten(0, 1)
         self.bias = torch.stack([_filled(b).unflatten(0, (-1, BLOCK)) for b in biases], 1).flatten() if biases else None
         self.bits = bits
+        self.rows = sum(part.weight.shape[0] for part in parts)  # outputs that are not filled up
         self.inputs = (2 if bits is None else PIECE) * self.weight.shape[1]
         self.outputs = BLOCK * self.weight.shape[0]
         self.nbytes = self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def blank(self, rows: int) -> Blocks:
+        """A layer of so many outputs over the same input, of the same form, zeros throughout; without a bias."""
+        other = copy.copy(self)
+        other.weight = self.weight.new_zeros(-(-rows // BLOCK), *self.weight.shape[1:])
+        other.bias, other.rows = None, rows
+        other.outputs, other.nbytes = BLOCK * other.weight.shape[0], other.weight.nbytes
+        return other
+
+    def put(self, outputs: Tensor, source: Blocks, rows: Tensor) -> None:
+        """Makes outputs (n,) those of a layer of the same form, of one part: its outputs `rows` (n,)."""
+        for mine, others in zip(self._lanes(), source._lanes(), strict=True):
+            mine[outputs // BLOCK, outputs % BLOCK] = others[rows // BLOCK, rows % BLOCK]
+
+    def _lanes(self) -> list[Tensor]:
+        """All that belongs to an output, as (O/16, 16, ...)."""
+        if self.bits is not None:  # as in `in_pieces`: scales, then numbers
+            scales, numbers = self.weight[..., :PIECE], self.weight[..., PIECE:]
+            return [
+                scales.unflatten(2, (2, BLOCK, 2)).movedim(3, 1),
+                numbers.unflatten(2, (-1, BLOCK, 4)).movedim(3, 1),
+            ]
+        return [self.weight.movedim(2 if self.weight.dtype == torch.bfloat16 else 3, 1)]
 
 
 def in_blocks(weight: Tensor) -> Tensor:

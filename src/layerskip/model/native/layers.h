@@ -166,10 +166,10 @@ int64_t largest(const float* x, int count, float* probability) {
 }
 
 // Up to `count` tokens a row, each the likeliest after the one before it at `exit`; how many. `tokens` (count + 1, B)
-// begins with the last known ones; `states` (count + 1, B, D) are those of all of them at the exit.
+// begins with the last known ones; output n of the head means token names[n], or n without names; `states` (count + 1, B, D) are those of all of them at the exit.
 template <class W, class X>
-int draft(const Model& model, const Layer* layers, int exit, const Linear& head, const float* weight, const Table& table,
-           Call call, void* const* keys, void* const* values, int count, Stop stop, int64_t* tokens, float* states) {
+int draft(const Model& model, const Layer* layers, int exit, const Linear& head, const int64_t* names, const float* weight,
+           const Table& table, Call call, void* const* keys, void* const* values, int count, Stop stop, int64_t* tokens, float* states) {
     const int rows = call.rows;
     int64_t* at = room<int64_t, 9>(rows);
     float* logits = room<float, 10>(size_t(rows) * model.vocab);
@@ -185,7 +185,8 @@ int draft(const Model& model, const Layer* layers, int exit, const Linear& head,
         if (i == count) return count;
         predict<W, X>(model, head, weight, hidden, rows, logits, call.threads);
         for (int b = 0; b < rows; b++) {
-            tokens[size_t(i + 1) * rows + b] = largest(logits + size_t(b) * model.vocab, model.vocab, sure ? sure + b : nullptr);
+            const int64_t best = largest(logits + size_t(b) * model.vocab, model.vocab, sure ? sure + b : nullptr);
+            tokens[size_t(i + 1) * rows + b] = names ? names[best] : best;
             at[b]++;
         }
         if (stop && stop(sure)) count = i + 1;

@@ -84,7 +84,7 @@ class Native:
         form = FORMATS[norm.weight.dtype] + QUANTISED[head.bits]
         self._model = _MODEL(form, ACTIVATIONS[s.activation], *sizes, s.eps)
         self._layers = (_LAYER * s.layers)(*map(self._layer, layers, s.windows))
-        self._head, self._norm = self._linear(head), self._numbers(norm.weight)
+        self._norm = self._numbers(norm.weight)
         self._embedding = embedding
 
     def run(
@@ -119,17 +119,21 @@ class Native:
         rows: RowIndex,
         limit: int,
         stop: Callable[[list[float]], bool] | None,
+        head: nn.Module,
+        names: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """As `Decoder.draft`."""
+        model, linear = self._predicting(head)
         drafted = torch.empty(count + 1, tokens.shape[0], dtype=torch.long)
         drafted[0] = tokens[:, 0]
         states = torch.empty(count + 1, tokens.shape[0], self._shape.width)
         with self._call(at, cache, rows=rows, slots=None, mask=None, limit=limit) as call:
             done = self._library.layerskip_draft(
-                byref(self._model),
+                byref(model),
                 self._layers,
                 exit,
-                byref(self._head),
+                byref(linear),
+                c_void_p(_address(names)),
                 c_void_p(self._norm),
                 byref(_TABLE(self._embedding.weight.data_ptr(), FORMATS[self._embedding.weight.dtype])),
                 call,
@@ -172,13 +176,14 @@ class Native:
         table = self._embedding.weight
         return table.dtype in FORMATS and table.is_contiguous()
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., V) float32."""
+    def logits(self, hidden: Tensor, head: nn.Module) -> Tensor:
+        """(..., D) -> (..., outputs of `head`) float32, through the final norm."""
         hidden = hidden.contiguous()
-        out = torch.empty(*hidden.shape[:-1], self._shape.vocab)
+        model, linear = self._predicting(head)
+        out = torch.empty(*hidden.shape[:-1], model.vocab)
         self._library.layerskip_predict(
-            byref(self._model),
-            byref(self._head),
+            byref(model),
+            byref(linear),
             c_void_p(self._norm),
             c_void_p(hidden.data_ptr()),
             hidden.numel() // hidden.shape[-1],
@@ -186,6 +191,13 @@ class Native:
             torch.get_num_threads(),
         )
         return out
+
+    def _predicting(self, head: nn.Module) -> tuple[Any, Structure]:
+        """The model and a head for a call: a narrow head is that of a model of fewer tokens."""
+        assert isinstance(head, Blocks)
+        model: Any = _MODEL.from_buffer_copy(self._model)
+        model.vocab = head.rows
+        return model, _LINEAR(head.weight.data_ptr(), None, head.inputs, head.outputs)
 
     def _layer(self, layer: nn.Module, window: int | None) -> Structure:
         linears = [self._linear(getattr(layer, name)) for name in ("query_key_value", "output", "gate_up", "down")]
