@@ -487,3 +487,40 @@ def test_choices_that_make_no_sense_are_refused(
     [line] = done.stderr.splitlines()
     assert line.startswith("error: ")
     assert message in line
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--compile", "--weights", "native"], "native weights are not compiled, only plain ones are"),
+        (["--row-invariant", "--weights", "plain"], "plain weights are not row-invariant; use native, int8, int4"),
+        (
+            ["--row-invariant", "--dtype", "float64"],
+            "plain weights are not row-invariant, and those that are cannot be here: the kernels know float32 and "
+            "bfloat16, not float64",
+        ),
+    ],
+)
+def test_weights_that_cannot_do_what_is_asked_are_refused(
+    run: Any, tiny_checkpoint: Path, options: list[str], message: str
+) -> None:
+    done = run("generate", "the dog", "-m", tiny_checkpoint, *options)
+    assert done.exit_code == 2
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"error: {message}")
+
+
+def test_row_invariant_text_is_that_of_plain_decoding(run: Any, tiny_checkpoint: Path) -> None:
+    asked = ["the dog", "-m", tiny_checkpoint, "--dtype", "bfloat16", "--row-invariant", "--max-tokens", 30]
+    done = run("generate", *asked, "--draft", "early-exit:1", "--compare")
+    assert "row-invariant: native weights are so by themselves, at no price" in done.stderr
+    assert "; identical" in done.stderr
+
+
+@pytest.mark.slow  # a minute of compiling
+def test_compiled_text_is_that_of_plain_decoding(run: Any, tiny_checkpoint: Path) -> None:
+    asked = ["the dog", "-m", tiny_checkpoint, "--dtype", "float32", "--compile", "--max-tokens", 12]
+    done = run("generate", *asked, "--draft", "early-exit:1", "--compare")
+    assert "graphs are compiled as they are first needed" in done.stderr
+    assert re.search(r"plain weights, \d+ graphs compiled in [\d.]+ s", done.stderr)
+    assert "; identical" in done.stderr

@@ -86,6 +86,21 @@ class ModelFlags:
             "or int8, int4: quantised, lossy against the checkpoint."
         ),
     ] = "auto"
+    compiled: Annotated[
+        bool,
+        _model(
+            "--compile",
+            help="Run plain weights as graphs of torch.compile, each compiled when it is first needed: for what the "
+            "kernels do not serve, such as GPUs.",
+        ),
+    ] = False
+    row_invariant: Annotated[
+        bool,
+        _model(
+            "--row-invariant",
+            help="Only with weights (native, int8, int4) whose drafted text is plain text to the bit, in bfloat16 too.",
+        ),
+    ] = False
     device: Annotated[str, _model(help="auto (a GPU where there is one), cpu, cuda.")] = "auto"
     revision: Annotated[str | None, _model(help="Branch, tag or commit of a hub id.")] = None
 
@@ -97,14 +112,26 @@ class ModelFlags:
         from layerskip.model.native import build
         from layerskip.model.pack import KERNELS, no_kernels
 
-        if self.weights in ("auto", *KERNELS) and build.is_due():
+        if self.weights in ("auto", *KERNELS) and not self.compiled and build.is_due():
             typer.echo("building the kernels for this processor, once; ten to twenty seconds ...", err=True)
-        llm = load(self.model, dtype=self.dtype, device=self.device, revision=self.revision, weights=self.weights)
+        llm = load(
+            self.model,
+            dtype=self.dtype,
+            device=self.device,
+            revision=self.revision,
+            weights=self.weights,
+            compile=self.compiled,
+            row_invariant=self.row_invariant,
+        )
         here = llm.decoder
         if here.quantised:
             line = f"{here.layout} weights are quantised: lossy against the checkpoint; drafts are exact for them"
             why = no_kernels(here.shape, here.dtype, here.device) if here.layout != self.weights else None
             typer.echo(line + (f"; computed by torch, slowly: {why}" if why else ""), err=True)
+        if self.row_invariant:
+            typer.echo(f"row-invariant: {here.layout} weights are so by themselves, at no price", err=True)
+        if self.compiled:
+            typer.echo("graphs are compiled as they are first needed, each for some seconds to a minute", err=True)
         return llm
 
 

@@ -201,7 +201,8 @@ def held(llm: LLM) -> str:
     """How its weights are held, for people."""
     from layerskip.model.quantise import note
 
-    return f"{dtype_name(llm)}, {llm.decoder.layout} weights{note(llm.decoder.layout)}"
+    graphs = "" if llm.decoder.compiled is None else f", {llm.decoder.compiled}"
+    return f"{dtype_name(llm)}, {llm.decoder.layout} weights{note(llm.decoder.layout)}{graphs}"
 
 
 def dtype_name(llm: LLM) -> str:

@@ -74,6 +74,7 @@ def about(kind: str, llm: LLM) -> dict[str, Any]:
             "context": shape.context,
             "dtype": str(llm.decoder.dtype).removeprefix("torch."),
             "layout": llm.decoder.layout,
+            "compiled": None if llm.decoder.compiled is None else str(llm.decoder.compiled),
             "device": str(llm.decoder.device),
         },
     }

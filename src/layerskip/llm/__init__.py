@@ -12,6 +12,8 @@ from layerskip.llm.model import LLM
 from layerskip.llm.recommended import Recommended, recommend, recommended
 from layerskip.llm.tokenizer import end_tokens, load_tokenizer
 from layerskip.model import checkpoint
+from layerskip.model.decoder import Decoder
+from layerskip.model.pack import KERNELS, no_kernels
 from layerskip.pretrained import embedded
 
 __all__ = ["LLM", "Chunk", "Completion", "Recommended", "Stream", "load", "recommend"]
@@ -33,6 +35,8 @@ def load(
     token: str | None = None,
     max_batch: int = 16,
     weights: str | None = None,
+    compile: bool = False,
+    row_invariant: bool = False,
 ) -> LLM:
     """Loads a Hugging Face checkpoint.
 
@@ -46,14 +50,24 @@ def load(
         weights: how they are stored: "plain", "packed" (for oneDNN on the CPU), "native" (for kernels of our own), or
             None for the fastest of them; they hold the checkpoint's numbers. "int8" and "int4" quantise them: a model
             of its own, whose text drafting does not change.
+        compile: run plain weights as graphs of torch.compile, compiled as they are first needed: for devices and dtypes
+            that the kernels do not serve.
+        row_invariant: refuse weights with which a position's numbers depend on how many others share a pass. With the
+            others, text with a drafter is that of plain decoding to the bit, in bfloat16 too.
 
     Raises:
         CheckpointError: it cannot be loaded; names the file and what is wrong with it.
         RequestError: unknown dtype, device or layout, or a layout that they do not allow.
     """
     kind, place = as_dtype(dtype), as_device(device)
+    if compile:
+        weights = _compilable(weights)
     folder = checkpoint.find(embedded() if path_or_id is None else path_or_id, revision=revision, token=token)
     decoder = checkpoint.load_decoder(folder, dtype=kind, device=place, weights=weights)
+    if row_invariant and not decoder.row_invariant:
+        raise RequestError(_varies(decoder))
+    if compile:
+        decoder.compile()
     tokenizer = load_tokenizer(folder)
     return LLM(
         decoder,
@@ -62,6 +76,21 @@ def load(
         name=folder.name if path_or_id is None else str(path_or_id),
         max_batch=max_batch,
         recommended=recommended(folder),
+    )
+
+
+def _compilable(weights: str | None) -> str:
+    if weights not in (None, "auto", "plain"):
+        raise RequestError(f"{weights} weights are not compiled, only plain ones are; leave one of the two out")
+    return "plain"
+
+
+def _varies(decoder: Decoder) -> str:
+    why = no_kernels(decoder.shape, decoder.dtype, decoder.device)
+    return (
+        f"{decoder.layout} weights are not row-invariant; use {', '.join(KERNELS)}"
+        if why is None
+        else f"{decoder.layout} weights are not row-invariant, and those that are cannot be here: {why}"
     )
 
 

@@ -111,6 +111,11 @@ class Compiled:
             4 * _GRAPHS, torch._dynamo.config.accumulated_recompile_limit
         )
 
+    def __str__(self) -> str:
+        if self.failed is not None:
+            return f"not compiled: {self.failed}"
+        return f"{self.graphs} graphs compiled in {self.seconds:.1f} s"
+
     def run(
         self,
         hidden: Tensor,

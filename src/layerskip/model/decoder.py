@@ -122,6 +122,11 @@ class Decoder(nn.Module):
         """Whether the weights are close to the checkpoint's rather than the same: a model of its own."""
         return bits_of(self.layout) is not None
 
+    @property
+    def row_invariant(self) -> bool:
+        """Whether a position's numbers are the same bits however many others share its pass."""
+        return self.layout in KERNELS
+
     def store(self, layout: str) -> None:
         """Stores the weights, all of them filled, in `layout`; layers may be stored already."""
         pack(self, layout)
