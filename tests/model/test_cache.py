@@ -156,23 +156,31 @@ def test_not_even_one_position_is_said_without_a_suggestion(monkeypatch: pytest.
     assert "would fit" not in str(caught.value)
 
 
+@pytest.mark.parametrize("failure", [RuntimeError("out of memory"), KeyboardInterrupt()], ids=["memory", "interrupt"])
 @pytest.mark.parametrize("after", range(6))
-def test_an_allocation_that_fails_half_way_leaves_a_usable_cache(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+def test_growth_that_fails_half_way_leaves_a_usable_cache(
+    monkeypatch: pytest.MonkeyPatch, after: int, failure: BaseException
+) -> None:
     cache, allocate, calls = cache_of(2, 5), torch.zeros, []
     fill(cache)
 
     def failing(*size: Any, **how: Any) -> Tensor:
         calls.append(size)
         if len(calls) > after:
-            raise RuntimeError("out of memory")
+            raise failure
         return allocate(*size, **how)
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "zeros", failing)
-        with pytest.raises(CapacityError, match="could not be allocated; ask for fewer tokens or rows"):
+        with pytest.raises(
+            (CapacityError, KeyboardInterrupt), match=r"^$|could not be allocated; ask for fewer tokens"
+        ):
             cache.grow(rows=4, slots=9)
     assert (cache.rows, cache.slots) == (2, 5)
+    assert held(cache, 0, 5).tolist() == [1000, 1001, 1002, 1003, 1004]
     assert held(cache, 1, 5).tolist() == [2000, 2001, 2002, 2003, 2004]
+    for layer in (*cache.keys, *cache.values):  # as code that takes addresses counts on
+        assert (tuple(layer.shape), layer.is_contiguous()) == ((2, 2, 6, 2), True)
     fill(cache)
     cache.grow(rows=3, slots=7)
     assert held(cache, 1, 7).tolist() == [2000, 2001, 2002, 2003, 2004, 0, 0]

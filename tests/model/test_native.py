@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from layerskip import EarlyExit, Lookup, load
-from layerskip.model.checkpoint import load_decoder
+from layerskip.errors import RequestError
+from layerskip.model.cache import Cache
+from layerskip.model.checkpoint import load_decoder, read_config
 from layerskip.model.decoder import Decoder
+from layerskip.model.native import build
+from layerskip.model.pack import chosen
+from layerskip.model.shape import Shape
 
 SIZES: dict[str, Any] = {
     "vocab_size": 101, "hidden_size": 54, "intermediate_size": 75, "num_hidden_layers": 4, "num_attention_heads": 6,
@@ -25,8 +31,8 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip  # nothing fits a vector
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "biases": ("llama", {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"}),
-    "windows": ("mistral", {"sliding_window": 7}),
-    "norms": ("qwen3", {"head_dim": 40, "hidden_act": "relu"}),
+    "windows": ("mistral", {"sliding_window": 3, "hidden_size": 31}),
+    "norms": ("qwen3", {"head_dim": 40, "hidden_act": "relu", "rms_norm_eps": 0.1}),
     "odd": ("llama", {"hidden_size": 30, "head_dim": 98, "hidden_act": "gelu_pytorch_tanh"}),
 }
 TOKENS = 30
@@ -39,8 +45,8 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SIZES, **settings}))
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            nn.init.normal_(parameter)
+        if parameter.dim() == 1:
+            nn.init.normal_(parameter, float(name.endswith("norm.weight")), 0.5)
     model.save_pretrained(folder)
     return folder
 
@@ -97,27 +103,29 @@ def test_the_number_of_threads_changes_no_bit(decoder: Decoder) -> None:
 
 
 def test_a_chain_written_as_a_tree_is_the_chain(decoder: Decoder) -> None:
-    cache, ids = decoder.cache(rows=1, slots=40), tokens()
-    decoder.run(decoder.embed(ids[:, :20]), torch.arange(20)[None], cache)
-    at = torch.arange(20, 25)[None]
+    cache, ids = decoder.cache(rows=2, slots=40), tokens(2)
+    decoder.run(decoder.embed(ids[:, :20]), torch.arange(20).expand(2, -1), cache)
+    at = torch.arange(20, 25).expand(2, -1)
     chain = decoder.run(decoder.embed(ids[:, 20:25]), at, cache)
-    slots = torch.tensor([[20, 24, 22, 21, 23]])  # elsewhere than at their positions
-    mask = torch.zeros(1, 5, 25, dtype=torch.bool)
+    slots = torch.tensor([[20, 24, 22, 21, 23], [22, 20, 21, 24, 23]])  # elsewhere than at their positions
+    mask = torch.zeros(2, 5, 25, dtype=torch.bool)
     mask[..., :20] = True
-    for i in range(5):
-        mask[0, i, slots[0, : i + 1]] = True
-    cache.clear(0, first=20)
+    for row in range(2):
+        for i in range(5):
+            mask[row, i, slots[row, : i + 1]] = True
+        cache.clear(row, first=20)
     tree = decoder.run(decoder.embed(ids[:, 20:25]), at, cache, slots=slots, mask=mask)
     # slots are summed in another order
     close = 1e-4 if decoder.dtype == torch.float32 and decoder.layout == "native" else 0.1
     torch.testing.assert_close(tree, chain, rtol=close, atol=close)
 
 
-def test_padding_is_written_where_nobody_reads(decoder: Decoder) -> None:
+@pytest.mark.parametrize("apart", [False, True], ids=["", "slots"])
+def test_padding_is_written_where_nobody_reads(decoder: Decoder, apart: bool) -> None:
     cache, ids = decoder.cache(rows=2, slots=10), tokens(2)
     at = torch.arange(10).expand(2, -1).clone()
-    at[1, 6:] = 99
-    hidden = decoder.run(decoder.embed(ids[:, :10]), at, cache)
+    at[1, 6:] = 2**40
+    hidden = decoder.run(decoder.embed(ids[:, :10]), at, cache, slots=at if apart else None)
     alone = decoder.run(decoder.embed(ids[1:, :6]), at[1:, :6], decoder.cache(rows=1, slots=10))
     assert torch.equal(hidden[1, :6], alone[0])
     assert all(int(keys[1, :, 6:10].count_nonzero()) == 0 for keys in cache.keys)
@@ -185,6 +193,74 @@ def test_a_draft_without_kernels_is_the_same(folder: Path) -> None:
         assert torch.equal(found, wanted)
 
 
+def test_what_earlier_calls_left_in_memory_is_not_read(decoder: Decoder, tiny_checkpoint: Path) -> None:
+    expected = score(decoder, tokens(), pieces=[20, 5, 5])
+    other = load_decoder(tiny_checkpoint, dtype=decoder.dtype, weights="native")  # nothing lies where ours does
+    for count in (40, 8):
+        hidden = torch.full((1, count, 32), torch.nan)
+        other.logits(other.run(hidden, torch.arange(count)[None], other.cache(rows=1, slots=count)))
+    assert torch.equal(score(decoder, tokens(), pieces=[20, 5, 5]), expected)
+
+
+def test_large_numbers_do_not_overflow(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES))
+    for layer in model.model.layers:
+        layer.input_layernorm.weight.data *= 6  # scores up to 300 apart
+        layer.post_attention_layernorm.weight.data *= 60  # gates of some hundreds
+    model.save_pretrained(tmp_path)
+    plain, native = (load_decoder(tmp_path, dtype=torch.float32, weights=weights) for weights in ("plain", "native"))
+    expected = score(plain, tokens(), pieces=[TOKENS])
+    torch.testing.assert_close(score(native, tokens(), pieces=[TOKENS]), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"rows": slice(0, 3, 2)},
+        {"rows": slice(-2, None)},
+        {"rows": torch.tensor([2, 0], dtype=torch.int32)},
+        {"at": torch.arange(8, dtype=torch.int32).expand(2, -1)},
+        {"at": torch.arange(8)[None]},
+        {"mask": torch.ones(1, 8, 8).tril().bool()},
+    ],
+    ids=str,
+)
+def test_native_weights_take_what_plain_weights_take(given: dict[str, Any], tiny_checkpoint: Path) -> None:
+    found, ids = [], tokens(2)[:, :8] % 40
+    arguments = {"at": torch.arange(8).expand(2, -1), **given}
+    for weights in ("plain", "native"):
+        decoder = load_decoder(tiny_checkpoint, dtype=torch.float32, weights=weights)
+        cache = decoder.cache(rows=3, slots=8)
+        states = decoder.run(decoder.embed(ids), cache=cache, **arguments)
+        found.append((decoder.logits(states), cache.keys[3]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
+def test_what_would_be_written_elsewhere_is_refused(tiny_checkpoint: Path) -> None:
+    decoder = load_decoder(tiny_checkpoint, dtype=torch.float32, weights="native")
+    cache, at = decoder.cache(rows=3, slots=8), torch.arange(8).expand(2, -1)
+    hidden = decoder.embed(at)
+    for rows in (slice(2, 4), slice(0, 3), torch.tensor([0, 3]), torch.tensor([-1, 0]), torch.tensor([1])):
+        with pytest.raises(IndexError, match="2 rows of states were given rows"):
+            decoder.run(hidden, at, cache, rows=rows)
+    with pytest.raises(RuntimeError, match="size"):
+        decoder.run(hidden, at, cache, mask=torch.ones(2, 8, 9, dtype=torch.bool))
+    with pytest.raises(TypeError, match=r"native weights of torch\.float32 were given a cache of torch\.bfloat16"):
+        decoder.run(hidden, at, Cache(decoder.shape, rows=2, slots=8, dtype=torch.bfloat16))
+    decoder.run(hidden, at - 2, cache)  # a position below 0 is padding as well
+    assert not any(bool(keys[:, :, 6:8].any()) for keys in cache.keys)
+
+
+def test_the_default_dtype_changes_nothing(decoder: Decoder) -> None:
+    expected = score(decoder, tokens(), pieces=[TOKENS])
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(score(decoder, tokens(), pieces=[TOKENS]), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_two_threads_share_one_decoder(decoder: Decoder) -> None:
     expected = score(decoder, tokens(), pieces=[20, 5, 5])
     with ThreadPoolExecutor(4) as pool:
@@ -228,6 +304,14 @@ for weights, plain in (("native", "plain"), ("int8", "int8-plain"), ("int4", "in
         assert (expected - found).abs().max() < close * expected.abs().max(), (weights, dtype)
         for pieces in ([1] * 24, [7, 2, 15]):
             assert torch.equal(logits(weights, dtype, pieces), found), (weights, dtype, pieces)
+
+plain = load_decoder(Path(sys.argv[1]), dtype=torch.bfloat16).float()
+native = load_decoder(Path(sys.argv[1]), dtype=torch.bfloat16, weights="native")
+cache = native.cache(rows=1, slots=24)
+native.run(native.embed(ids), torch.arange(24)[None], cache)
+value = plain.layers[0].query_key_value.value(plain.layers[0].attention_norm(plain.embed(ids)))
+held = cache.values[0][0, :, :24].transpose(0, 1).flatten(1)
+assert (held == value[0].bfloat16()).float().mean() > 0.95  # rounded to the nearest
 """
 
 
@@ -272,3 +356,42 @@ def test_without_a_compiler_another_layout_serves(
     assert done.stdout.startswith("weights cannot be native: ")
     assert reason in done.stdout
     assert not list(tmp_path.rglob("*.so"))
+
+
+@pytest.fixture
+def forgetful() -> Iterator[None]:
+    """What was found out about the compiler is found out anew, during a test and after it."""
+    build._library.cache_clear()
+    build._place.cache_clear()
+    yield
+    build._library.cache_clear()
+    build._place.cache_clear()
+
+
+@pytest.mark.usefixtures("forgetful")
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("CXX", "no-such-compiler", r"no C\+\+ compiler was found \(looked for no-such-compiler\)"),
+        ("CXX", "{folder}/broken", "Exec format error"),
+        ("CXXFLAGS", "-DNAME='", "CXXFLAGS cannot be read: No closing quotation"),
+        ("HOME", None, "there is no home folder to keep the kernels in; set XDG_CACHE_HOME"),
+        ("XDG_CACHE_HOME", "{folder}/broken", "could not be kept or loaded"),
+    ],
+)
+def test_whatever_prevents_the_kernels_is_said(
+    name: str, value: str | None, reason: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken").write_bytes(b"\x7fELF and no more")
+    (tmp_path / "broken").chmod(0o755)
+    if value is not None:
+        monkeypatch.setenv(name, value.format(folder=tmp_path))
+    else:
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr(os, "getuid", lambda: 2**31 - 7)  # a user whom the system does not know
+    shape = Shape.from_config(read_config(tiny_checkpoint))
+    build.is_due()  # the command line asks before anything else
+    assert chosen(None, shape, dtype=torch.float32, device=torch.device("cpu")) == "packed"
+    with pytest.raises(RequestError, match=f"weights cannot be native: .*{reason}.*; use auto"):
+        chosen("native", shape, dtype=torch.float32, device=torch.device("cpu"))

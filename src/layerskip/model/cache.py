@@ -8,6 +8,7 @@ it is overwritten: nothing is ever trimmed. Sizes: R rows, S slots, G key/value 
 
 from __future__ import annotations
 
+import math
 from ctypes import Array, c_void_p
 from pathlib import Path
 
@@ -63,20 +64,18 @@ class Cache:
                 for layer in range(self.shape.layers):
                     new = torch.zeros(size, dtype=self.dtype, device=self.device)
                     if self.rows:  # layer by layer, so that at most one layer is held twice
-                        # an earlier attempt that failed half way may have left this layer with more rows
-                        new[: self.rows, :, : self.slots] = tensors[layer][: self.rows, :, : self.slots]
+                        new[: self.rows, :, : self.slots] = tensors[layer][:, :, : self.slots]
                         tensors[layer] = new
                     else:
                         tensors.append(new)
+            positions = torch.arange(slots + 1, device=self.device).repeat(rows, 1)
+            if self.rows:
+                positions[: self.rows, : self.slots] = self.positions[:, : self.slots]
+            self.positions, self.rows, self.slots = positions, rows, slots
         except (RuntimeError, MemoryError) as error:
-            if self.rows == 0:
-                self.keys, self.values = [], []
             raise self._does_not_fit(rows, slots, None) from error
-        positions = torch.arange(slots + 1, device=self.device).repeat(rows, 1)
-        if self.rows:
-            positions[: self.rows, : self.slots] = self.positions[:, : self.slots]
-        self.positions = positions
-        self.rows, self.slots = rows, slots
+        finally:  # half way, too: code that takes addresses counts on layers of one size
+            self.keys, self.values = ([self._sized(t) for t in ts if self.rows] for ts in (self.keys, self.values))
 
     def shrink(self, *, rows: int) -> None:
         """Holds only its first `rows` rows from now on; 0 gives all memory back."""
@@ -137,6 +136,17 @@ class Cache:
         for tensors in (self.keys, self.values):
             for tensor in tensors:
                 tensor[row, :, first:].zero_()
+
+    def _sized(self, tensor: Tensor) -> Tensor:
+        """A layer in the size that all have: of a bigger one the beginning, in its memory (there may be no other)."""
+        size = (self.rows, self.shape.kv_heads, self.slots + 1, self.shape.head_width)
+        if tensor.shape == size:
+            return tensor
+        out = tensor.flatten()[: math.prod(size)].view(size)
+        for row in range(self.rows):
+            for head in range(self.shape.kv_heads):  # in order: each comes to lie where nothing is still to be read
+                out[row, head] = tensor[row, head, : self.slots + 1].clone()
+        return out
 
     def _row_numbers(self, rows: RowIndex) -> Tensor:
         if isinstance(rows, slice):

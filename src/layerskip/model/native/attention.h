@@ -88,7 +88,8 @@ template <int V, class W> class Head {
     W *keys, *values;
     bool floats;
 
-    int64_t position(int m) const { return call.at[m] < call.spare ? call.at[m] : call.spare; }
+    int64_t held(int64_t wanted) const { return uint64_t(wanted) < uint64_t(call.spare) ? wanted : call.spare; }
+    int64_t position(int m) const { return held(call.at[m]); }
 
     void remember(float* fused, int t) {
         const int m = b * call.positions + t;
@@ -97,7 +98,7 @@ template <int V, class W> class Head {
         if (layer.key_norm) norm(key, layer.key_norm, model.eps, width, key);
         const int64_t p = position(m), wanted = call.slots ? call.slots[m] : p;
         rotate(key, call.cosines + p * width, call.sines + p * width, width);
-        const int64_t slot = wanted < call.spare ? wanted : call.spare;
+        const int64_t slot = held(wanted);
         W *k = keys + slot * width, *v = values + slot * width;
         for (int i = 0; i < width; i += BLOCK) put(k + i, get(key + i, width - i), width - i);
         for (int i = 0; i < width; i += BLOCK) put(v + i, get(value + i, width - i), width - i);

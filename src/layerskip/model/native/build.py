@@ -45,20 +45,25 @@ def library() -> ctypes.CDLL:
 
 def is_due() -> bool:
     """Whether `library` would have to build them first."""
-    compiler = _compiler()
-    return compiler is not None and not _place(compiler).exists()
+    try:
+        compiler = _compiler()
+        return compiler is not None and not _place(compiler).exists()
+    except (OSError, Unavailable):  # `library` says which
+        return False
 
 
 @functools.cache
 def _library() -> ctypes.CDLL | str:
     compiler = _compiler()
     if compiler is None:
-        return f"no C++ compiler was found (looked for {', '.join(COMPILERS)})"
+        return f"no C++ compiler was found (looked for {', '.join(_names())})"
     try:
         place = _place(compiler)
         if not place.exists():
             _build(compiler, place)
         return ctypes.CDLL(str(place))
+    except Unavailable as reason:
+        return str(reason)
     except OSError as error:
         return f"the kernels could not be kept or loaded: {error}"
     except subprocess.CalledProcessError as error:
@@ -66,8 +71,12 @@ def _library() -> ctypes.CDLL | str:
 
 
 def _compiler() -> str | None:
+    return next((path for name in _names() if (path := shutil.which(name))), None)
+
+
+def _names() -> tuple[str, ...]:
     wanted = os.environ.get("CXX")
-    return next((path for name in ([wanted] if wanted else COMPILERS) if (path := shutil.which(name))), None)
+    return (wanted,) if wanted else COMPILERS
 
 
 @functools.cache
@@ -77,8 +86,11 @@ def _place(compiler: str) -> Path:
     sources = [path.read_text() for path in (SOURCE, *sorted(SOURCE.parent.glob("*.h")))]
     parts = [*sources, version, _processor(), *_flags()]
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "layerskip" / f"kernels-{name}.so"
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:  # a user without an entry, as in some containers
+        raise Unavailable("there is no home folder to keep the kernels in; set XDG_CACHE_HOME") from error
+    return cache / "layerskip" / f"kernels-{name}.so"
 
 
 def _processor() -> str:
@@ -93,7 +105,10 @@ def _processor() -> str:
 
 def _flags() -> list[str]:
     """What the compiler is told; the later holds."""
-    return [*FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")), *_openmp()]
+    try:
+        return [*FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")), *_openmp()]
+    except ValueError as error:
+        raise Unavailable(f"CXXFLAGS cannot be read: {error}") from error
 
 
 def _openmp() -> list[str]:

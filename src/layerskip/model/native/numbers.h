@@ -90,7 +90,7 @@ inline float exponential(float x) {  // Cephes' expf, within 2 units of the last
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    int32_t bits = (int32_t(n) + 127) << 23;
+    const uint32_t bits = (uint32_t(int32_t(n)) + 127) << 23;
     float power;
     std::memcpy(&power, &bits, 4);
     return p * power;

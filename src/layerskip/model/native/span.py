@@ -85,7 +85,7 @@ class Native:
         self._model = _MODEL(form, ACTIVATIONS[s.activation], *sizes, s.eps)
         self._layers = (_LAYER * s.layers)(*map(self._layer, layers, s.windows))
         self._norm = self._numbers(norm.weight)
-        self._embedding = embedding
+        self._embedding, self._dtype = embedding, norm.weight.dtype
 
     def run(
         self,
@@ -101,7 +101,8 @@ class Native:
         limit: int,
     ) -> Tensor:
         """As `Decoder.run`. Positions and slots past the cache are padding; the kernels find them."""
-        hidden = hidden.clone(memory_format=torch.contiguous_format)
+        hidden = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        at = at.expand(hidden.shape[:2])
         with self._call(at, cache, rows=rows, slots=slots, mask=mask, limit=limit) as call:
             self._library.layerskip_span(
                 byref(self._model), self._layers, first, last, c_void_p(hidden.data_ptr()), call, *cache.addresses()
@@ -126,7 +127,7 @@ class Native:
         model, linear = self._predicting(head)
         drafted = torch.empty(count + 1, tokens.shape[0], dtype=torch.long)
         drafted[0] = tokens[:, 0]
-        states = torch.empty(count + 1, tokens.shape[0], self._shape.width)
+        states = torch.empty(count + 1, tokens.shape[0], self._shape.width, dtype=torch.float32)
         with self._call(at, cache, rows=rows, slots=None, mask=None, limit=limit) as call:
             done = self._library.layerskip_draft(
                 byref(model),
@@ -150,15 +151,19 @@ class Native:
         self, at: Tensor, cache: Cache, *, rows: RowIndex, slots: Tensor | None, mask: Tensor | None, limit: int
     ) -> Iterator[Any]:
         """Where the positions of a call are; what it points to lives as long as the context."""
-        at, slots = at.contiguous(), None if slots is None else slots.contiguous()
-        mask = None if mask is None else mask.contiguous()
+        if (cache.dtype, cache.device.type) != (self._dtype, "cpu"):
+            raise TypeError(f"native weights of {self._dtype} were given a cache of {cache.dtype} on {cache.device}")
+        size = at.shape  # the kernels trust every size and type
+        at = at.long().contiguous()
+        slots = None if slots is None else slots.expand(size).long().contiguous()
+        mask = None if mask is None else mask.expand(*size, limit).bool().contiguous()
         cosines, sines = self._rotations(cache.slots + 1)
-        index = None if isinstance(rows, slice) else rows.contiguous()
+        start, index = _rows(rows, len(at), cache)
         call = _CALL(
             *at.shape,
             limit,
             torch.get_num_threads(),
-            rows.start or 0 if isinstance(rows, slice) else 0,
+            start,
             _address(index),
             at.data_ptr(),
             _address(slots),
@@ -178,9 +183,9 @@ class Native:
 
     def logits(self, hidden: Tensor, head: nn.Module) -> Tensor:
         """(..., D) -> (..., outputs of `head`) float32, through the final norm."""
-        hidden = hidden.contiguous()
+        hidden = hidden.to(torch.float32).contiguous()
         model, linear = self._predicting(head)
-        out = torch.empty(*hidden.shape[:-1], model.vocab)
+        out = hidden.new_empty(*hidden.shape[:-1], model.vocab)
         self._library.layerskip_predict(
             byref(model),
             byref(linear),
@@ -214,6 +219,16 @@ class Native:
         """The address of the same numbers as float32."""
         self._kept.append(tensor.detach().float().contiguous())
         return self._kept[-1].data_ptr()
+
+
+def _rows(rows: RowIndex, count: int, cache: Cache) -> tuple[int, Tensor | None]:
+    """The first of `count` rows that follow one another, or 0 and all of them."""
+    numbers = range(*rows.indices(cache.rows)) if isinstance(rows, slice) else rows.tolist()
+    if len(numbers) != count or (isinstance(numbers, list) and not all(0 <= row < cache.rows for row in numbers)):
+        raise IndexError(f"{count} rows of states were given rows {rows} of a cache that has {cache.rows}")
+    if isinstance(numbers, range) and numbers.step == 1:
+        return numbers.start, None
+    return 0, torch.tensor(numbers, dtype=torch.long, device="cpu")
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -35,7 +35,7 @@ struct Call {
     int32_t rows, positions, limit, threads;  // B, T; attention reads slots below limit
     int64_t first_row;                        // of the cache, where the rows follow one another
     const int64_t* row;                       // (B,) else
-    const int64_t *at, *slots;                // (B, T); beyond `spare` they are padding, written there
+    const int64_t *at, *slots;                // (B, T); beyond `spare`, or below 0, they are padding, written there
     int64_t spare;                            // the last slot of a row
     const float *cosines, *sines;             // (spare + 1 or more, H)
     const uint8_t* mask;                      // (B, T, limit) which slots are seen, or null: those up to `at`
