@@ -6,7 +6,7 @@ weights are: between a span and the next nothing is rounded. B rows, T positions
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import CFUNCTYPE, POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
 from typing import Any
@@ -101,8 +101,8 @@ class Native:
         limit: int,
     ) -> Tensor:
         """As `Decoder.run`. Positions and slots past the cache are padding; the kernels find them."""
-        hidden = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        at = at.expand(hidden.shape[:2])
+        hidden = hidden.clone(memory_format=torch.contiguous_format).float()
+        at = _laid(at, hidden.shape[:2], torch.long)
         with self._call(at, cache, rows=rows, slots=slots, mask=mask, limit=limit) as call:
             self._library.layerskip_span(
                 byref(self._model), self._layers, first, last, c_void_p(hidden.data_ptr()), call, *cache.addresses()
@@ -151,12 +151,11 @@ class Native:
         self, at: Tensor, cache: Cache, *, rows: RowIndex, slots: Tensor | None, mask: Tensor | None, limit: int
     ) -> Iterator[Any]:
         """Where the positions of a call are; what it points to lives as long as the context."""
-        if (cache.dtype, cache.device.type) != (self._dtype, "cpu"):
+        if cache.dtype != self._dtype or cache.device.type != "cpu":
             raise TypeError(f"native weights of {self._dtype} were given a cache of {cache.dtype} on {cache.device}")
-        size = at.shape  # the kernels trust every size and type
-        at = at.long().contiguous()
-        slots = None if slots is None else slots.expand(size).long().contiguous()
-        mask = None if mask is None else mask.expand(*size, limit).bool().contiguous()
+        at = _laid(at, at.shape, torch.long)
+        slots = None if slots is None else _laid(slots, at.shape, torch.long)
+        mask = None if mask is None else _laid(mask, (*at.shape, limit), torch.bool)
         cosines, sines = self._rotations(cache.slots + 1)
         start, index = _rows(rows, len(at), cache)
         call = _CALL(
@@ -183,7 +182,7 @@ class Native:
 
     def logits(self, hidden: Tensor, head: nn.Module) -> Tensor:
         """(..., D) -> (..., outputs of `head`) float32, through the final norm."""
-        hidden = hidden.to(torch.float32).contiguous()
+        hidden = hidden.float().contiguous()
         model, linear = self._predicting(head)
         out = hidden.new_empty(*hidden.shape[:-1], model.vocab)
         self._library.layerskip_predict(
@@ -224,11 +223,18 @@ class Native:
 def _rows(rows: RowIndex, count: int, cache: Cache) -> tuple[int, Tensor | None]:
     """The first of `count` rows that follow one another, or 0 and all of them."""
     numbers = range(*rows.indices(cache.rows)) if isinstance(rows, slice) else rows.tolist()
-    if len(numbers) != count or (isinstance(numbers, list) and not all(0 <= row < cache.rows for row in numbers)):
+    if len(numbers) != count or (count and (min(numbers) < 0 or max(numbers) >= cache.rows)):
         raise IndexError(f"{count} rows of states were given rows {rows} of a cache that has {cache.rows}")
     if isinstance(numbers, range) and numbers.step == 1:
         return numbers.start, None
     return 0, torch.tensor(numbers, dtype=torch.long, device="cpu")
+
+
+def _laid(tensor: Tensor, size: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """As the kernels read it: they trust sizes and types."""
+    if tensor.shape != size or tensor.dtype != dtype:
+        tensor = tensor.expand(size).to(dtype)
+    return tensor.contiguous()
 
 
 def _address(tensor: Tensor | None) -> int | None:
