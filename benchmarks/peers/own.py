@@ -11,18 +11,19 @@ import torch
 from benchmarks.peers.peer import Draft, PeerRun, missing
 from layerskip.decode.draft import Drafter
 from layerskip.decode.drafters import Auto, EarlyExit
+from layerskip.decode.drafters.shortlist import fitting
 from layerskip.evaluate.follow import fresh
 from layerskip.llm import LLM, load
 
 
 class Own:
-    """`LLM.stream`; every run begins with an empty cache, but auto keeps what it has learnt, as in a program."""
+    """`LLM.stream`; every run begins with an empty cache. Drafters stay, with what they learnt, as in a program."""
 
     package = "layerskip"
 
     def __init__(self) -> None:
         self._llm: LLM | None = None
-        self._autos: dict[int, Auto] = {}
+        self._drafters: dict[Draft, Drafter] = {}
 
     def available(self) -> str | None:
         """It is here."""
@@ -38,13 +39,18 @@ class Own:
         self._llm = load(folder, dtype=dtype, device="cpu", max_batch=1)
 
     def drafts(self, *, exit: int, tokens: Sequence[int]) -> list[Draft]:
-        """Every number of tokens."""
-        return [Draft(exit, count) for count in tokens]
+        """Every number of tokens, of the whole vocabulary and of a list as long as memory is meant to allow."""
+        assert self._llm is not None
+        shape = self._llm.decoder.shape
+        sizes = [None, fitting(shape)] if 4 * fitting(shape) <= shape.vocab else [None]
+        return [Draft(exit, count, vocabulary=size) for size in sizes for count in tokens]
 
     def run(self, prompt: Sequence[int], *, new_tokens: int, draft: Draft | None = None) -> PeerRun:
         """Continues a prompt."""
         assert self._llm is not None
-        drafter = None if draft is None else self._drafter(draft)
+        if draft is not None and draft not in self._drafters:
+            self._drafters[draft] = _drafter(draft)
+        drafter = None if draft is None else self._drafters[draft]
         llm = fresh(self._llm)
         began = time.perf_counter()
         arrivals = []
@@ -60,7 +66,8 @@ class Own:
             rounds=len(arrivals),
         )
 
-    def _drafter(self, draft: Draft) -> Drafter:
-        if draft.auto:
-            return self._autos.setdefault(draft.exit, Auto(exit=draft.exit))
-        return EarlyExit(draft.exit, tokens=draft.tokens, confidence=draft.confidence)
+
+def _drafter(draft: Draft) -> Drafter:
+    if draft.auto:
+        return Auto(exit=draft.exit, vocabulary=draft.vocabulary)
+    return EarlyExit(draft.exit, tokens=draft.tokens, confidence=draft.confidence, vocabulary=draft.vocabulary)

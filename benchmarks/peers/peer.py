@@ -20,12 +20,14 @@ class Draft:
         exit: E, layers that draft.
         tokens: K, the most tokens of a draft.
         confidence: stop a draft after a token whose probability is below this; None never stops.
+        vocabulary: N, propose only so many tokens; None is all.
         auto: the engine chooses while it decodes, beginning with this exit.
     """
 
     exit: int
     tokens: int
     confidence: float | None = None
+    vocabulary: int | None = None
     auto: bool = False
 
     @property
@@ -34,7 +36,8 @@ class Draft:
         if self.auto:
             return "auto"
         sure = "" if self.confidence is None else f" confidence={self.confidence:g}"
-        return f"early-exit:{self.exit} K={self.tokens}{sure}"
+        narrow = "" if self.vocabulary is None else f" N={self.vocabulary}"
+        return f"early-exit:{self.exit} K={self.tokens}{narrow}{sure}"
 
 
 @dataclass(frozen=True)
