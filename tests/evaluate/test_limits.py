@@ -71,7 +71,7 @@ def test_weights_by_hand(tiny: Callable[..., Any], decoder_of: Callable[[Any], A
     layer += (3 * 32 + 32 + 2 * 40 + 32) if tied else 0
     head = 64 * 32 + 32
     weights = Weights.of(decoder)
-    assert weights == Weights((8 * layer,) * 4, 8 * head)
+    assert weights == Weights((8 * layer,) * 4, 8 * head, 64)
     # verification is one pass over everything, the last token of the draft included; a drafted token a pass to the exit
     assert (
         weights.round(Way("plain"), drafted=0)

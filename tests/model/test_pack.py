@@ -145,4 +145,5 @@ def test_a_tied_head_is_held_once_and_loading_needs_little_more(tmp_path: Path, 
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
         held, peak = map(int, done.stdout.split())
         assert share * weights < held < 1.1 * share * weights, layout
-        assert share == 1 or peak < (1 + share) * weights, (layout, peak / weights)
+        # the checkpoint's own, mapped, and what is made of it; what is between is small
+        assert share == 1 or peak < (1.05 + share) * weights, (layout, peak / weights)

@@ -114,6 +114,7 @@ SIZES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow  # builds the kernels anew; test_native does so too, and compares int8 and int4 with torch there
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="builds for a lesser x86-64 processor")
 def test_what_the_processor_lacks_changes_no_bit(tmp_path: Path) -> None:
     torch.manual_seed(0)
