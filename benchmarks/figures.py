@@ -84,6 +84,7 @@ def result(way: Way, turns: Sequence[Turn]) -> dict[str, Any]:
         "exit": None if way.draft is None else way.draft.exit,
         "draft_tokens": None if way.draft is None else way.draft.tokens,
         "confidence": None if way.draft is None else way.draft.confidence,
+        "draft_head": None if way.draft is None else way.draft.head,
         "draft_vocabulary": None if way.draft is None else way.draft.vocabulary,
         "tokens": turns[0]["tokens"],
         "tokens_per_second": {name: Spread.of([rate(turn) for turn in turns]).record() for name, rate in RATES.items()},

@@ -91,8 +91,8 @@ def page(records: Sequence[Mapping[str, Any]]) -> str:
         "Ratios of decode tokens/s (after the first tokens of each prompt), batch 1, greedy: the median over the "
         "rounds, with the least and the most of them; in brackets what must be reached and what is aimed at. Every "
         "ratio is of two ways in the same round, on the same prompts, with the same number of tokens. Self-speculation "
-        "is exact in float32; in bfloat16 a pass of several rows rounds otherwise than a pass of one, and a text that "
-        "differs from there on has its own tokens per round.",
+        "is exact, and with native weights its text is plain decoding's to the bit in bfloat16 too; another engine "
+        "rounds otherwise, and a text that differs from some token on has its own tokens per round.",
     ]
     for dtype in TARGETS:
         of_dtype = [record for record in records if record["model"]["dtype"] == dtype]

@@ -39,11 +39,15 @@ class Own:
         self._llm = load(folder, dtype=dtype, device="cpu", max_batch=1)
 
     def drafts(self, *, exit: int, tokens: Sequence[int]) -> list[Draft]:
-        """Every number of tokens, of the whole vocabulary and of a list as long as memory is meant to allow."""
+        """Every number of tokens, through the own head; where a shortlist leaves most out, through that one as well,
+        and through a head of 8 bits."""
         assert self._llm is not None
-        shape = self._llm.decoder.shape
-        sizes = [None, fitting(shape)] if 4 * fitting(shape) <= shape.vocab else [None]
-        return [Draft(exit, count, vocabulary=size) for size in sizes for count in tokens]
+        decoder = self._llm.decoder
+        found = [Draft(exit, count) for count in tokens]
+        if 4 * fitting(decoder.shape) <= decoder.shape.vocab:
+            found += [Draft(exit, count, vocabulary=fitting(decoder.shape)) for count in tokens]
+            found += [Draft(exit, count, head="int8") for count in tokens if decoder.layout == "native"]
+        return found
 
     def run(self, prompt: Sequence[int], *, new_tokens: int, draft: Draft | None = None) -> PeerRun:
         """Continues a prompt."""
@@ -70,4 +74,10 @@ class Own:
 def _drafter(draft: Draft) -> Drafter:
     if draft.auto:
         return Auto(exit=draft.exit, vocabulary=draft.vocabulary)
-    return EarlyExit(draft.exit, tokens=draft.tokens, confidence=draft.confidence, vocabulary=draft.vocabulary)
+    return EarlyExit(
+        draft.exit,
+        tokens=draft.tokens,
+        confidence=draft.confidence,
+        vocabulary=draft.vocabulary,
+        head=draft.head,
+    )

@@ -21,6 +21,7 @@ class Draft:
         tokens: K, the most tokens of a draft.
         confidence: stop a draft after a token whose probability is below this; None never stops.
         vocabulary: N, propose only so many tokens; None is all.
+        head: what it drafts through: "own", or "int8" for a copy at 8 bits.
         auto: the engine chooses while it decodes, beginning with this exit.
     """
 
@@ -28,6 +29,7 @@ class Draft:
     tokens: int
     confidence: float | None = None
     vocabulary: int | None = None
+    head: str = "own"
     auto: bool = False
 
     @property
@@ -37,7 +39,8 @@ class Draft:
             return "auto"
         sure = "" if self.confidence is None else f" confidence={self.confidence:g}"
         narrow = "" if self.vocabulary is None else f" N={self.vocabulary}"
-        return f"early-exit:{self.exit} K={self.tokens}{narrow}{sure}"
+        coarse = "" if self.head == "own" else f" {self.head} head"
+        return f"early-exit:{self.exit} K={self.tokens}{narrow}{coarse}{sure}"
 
 
 @dataclass(frozen=True)

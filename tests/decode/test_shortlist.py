@@ -104,7 +104,7 @@ def test_a_drafter_does_not_hold_on_to_a_model(tiny_checkpoint: Path) -> None:
     del llm
     gc.collect()
     assert decoder() is None
-    assert not draft._narrowed._heads  # type: ignore[union-attr]
+    assert not draft._heads._heads  # type: ignore[union-attr]
 
 
 # --- the text
@@ -119,7 +119,7 @@ def test_greedy_text_is_that_of_plain_decoding(size: int, llm: LLM) -> None:
     for draft in (cascade, Auto(exit=2, vocabulary=size), EarlyExit(1, length="gain", vocabulary=size), early, early):
         drafted = llm.generate(PROMPTS, max_tokens=24, ignore_eos=True, draft=draft)
         assert [done.tokens for done in drafted] == plain
-    for narrowed in (early._narrowed, cascade.exit._narrowed):
+    for narrowed in (early._heads, cascade.exit._heads):
         assert narrowed is not None
         assert not narrowed._seen  # rows that left are forgotten
     counts = [done.acceptance for done in drafted]
@@ -195,8 +195,8 @@ def test_auto_narrows_greedy_text_only(llm: LLM) -> None:
         sampling = Sampling(temperature=temperature, seed=5)
         plain = llm.generate(PROMPTS[0], max_tokens=40, sampling=sampling)
         assert llm.generate(PROMPTS[0], max_tokens=40, sampling=sampling, draft=draft).tokens == plain.tokens
-        assert draft._narrowed is not None
-        assert bool(draft._narrowed._heads) == narrow
+        assert draft._heads is not None
+        assert bool(draft._heads._heads) == narrow
 
 
 # --- options
@@ -230,8 +230,8 @@ def test_what_words_and_a_checkpoint_come_to(tiny_checkpoint: Path) -> None:
 
     def asked(words: str, **options: Any) -> tuple[int | None, tuple[int, ...]]:
         drafter: Any = llm.drafter(words, **options)
-        narrowed = getattr(drafter, "exit" if words.startswith("cascade") else "_narrowed")
-        narrowed = narrowed._narrowed if words.startswith("cascade") else narrowed
+        narrowed = getattr(drafter, "exit" if words.startswith("cascade") else "_heads")
+        narrowed = narrowed._heads if words.startswith("cascade") else narrowed
         return drafter.vocabulary, () if narrowed is None else narrowed.ranked
 
     fits = fitting(llm.decoder.shape)

@@ -176,7 +176,9 @@ def drafter_name(drafter: Drafter) -> str:
 
 
 def narrowness(drafter: Drafter) -> str:
-    """ " N=2048" where only so many tokens are proposed."""
+    """ " N=2048" where only so many tokens are proposed, " int8 head" where they are through such a one."""
+    if getattr(drafter, "head", "own") == "int8":
+        return " int8 head"
     vocabulary = getattr(drafter, "vocabulary", None)  # not every drafter has one
     return "" if vocabulary is None else f" N={vocabulary}"
 

@@ -54,7 +54,7 @@ class Weights:
             drafted: tokens drafted in the row that drafted most.
 
         Returns:
-            None for a drafter whose passes are not known here: a second model, or one of somebody else.
+            None for a drafter whose passes are not known here: a second model, a head of 8 bits, or somebody else's.
 
         Example:
             Four layers of 10 bytes, a head of 7, two tokens drafted with one layer: 47 + 2 x 17.
@@ -65,7 +65,7 @@ class Weights:
         drafter, whole = way.draft, sum(self.layers[: way.exit]) + self.head
         if drafter is None or type(drafter) is Lookup:
             return whole
-        if type(drafter) is EarlyExit:
+        if type(drafter) is EarlyExit and drafter.head == "own":
             rows = self.rows if drafter.vocabulary is None else drafter.vocabulary
             return whole + drafted * (sum(self.layers[: drafter.exit]) + self.head * rows // self.rows)
         return None

@@ -1,4 +1,4 @@
-"""The shared head restricted to some tokens: what a draft predicts through where the vocabulary is large.
+"""The shared head restricted to some tokens, or to 8 bits: what a draft predicts through where the vocabulary is large.
 
 Drafting only proposes, so a token it cannot propose costs a round its length and never changes the text. Knows weights
 and token ids; does not know which tokens deserve a place. D width, V vocabulary, N places.
@@ -63,3 +63,26 @@ class NarrowHead:
         narrow = decoder.predict(hidden, self.head)
         wide = narrow.new_full((*narrow.shape[:-1], decoder.shape.vocab), -torch.inf)
         return wide.index_copy_(-1, self.names, narrow)
+
+
+class CoarseHead:
+    """The final norm and the head at 8 bits: half of the bytes of bfloat16, for drafts through all tokens.
+
+    Args:
+        decoder: whose head; its weights are those of the kernels.
+
+    Attributes:
+        head: the rows, quantised.
+        names: none, as every token has its place.
+    """
+
+    names: Tensor | None = None
+
+    def __init__(self, decoder: Decoder) -> None:
+        whole = decoder.get_submodule("head")
+        assert isinstance(whole, Blocks)
+        self.head: nn.Module = whole.coarse(8)
+
+    def logits(self, decoder: Decoder, hidden: Tensor) -> Tensor:
+        """Hidden states (..., D) -> (..., V)."""
+        return decoder.predict(hidden, self.head)

@@ -113,7 +113,7 @@ class Auto:
             if not 0 <= guess <= 1:
                 raise RequestError(f"acceptance {guess} of exit {place} is not possible; use 0 to 1")
         self.exit, self.guesses = exit, dict(guesses or {})
-        self.vocabulary, self._narrowed = vocabulary, narrowed(vocabulary, ranked)
+        self.vocabulary, self._heads = vocabulary, narrowed(vocabulary, ranked)
         self.counts: dict[str, Count] = {}
         self.choosing = 0.0
         self._copies = Copies(Lookup(tokens=tokens)) if lookup else None
@@ -128,8 +128,8 @@ class Auto:
         Raises:
             RequestError: a draft vocabulary that leaves nothing out.
         """
-        if self._narrowed is not None:
-            self._narrowed.check(decoder)
+        if self._heads is not None:
+            self._heads.check(decoder)
 
     def propose(self, rows: Rows, tokens: int) -> Draft:
         """One kind of draft for all rows, or an empty one."""
@@ -146,7 +146,7 @@ class Auto:
             draft = self._copies.draft(rows, found)
             return AutoDraft(**vars(draft), decision=decision, copies=True, **notes)
         states: dict[int, Tensor] = {}
-        head = self._narrowed.head(rows) if self._narrowed is not None and rows.law.greedy else None
+        head = self._heads.head(rows) if self._heads is not None and rows.law.greedy else None
         predict = rows.decoder.logits if head is None else partial(head.logits, rows.decoder)
         if course is not None:
             draft, states = draft_at(
@@ -166,8 +166,8 @@ class Auto:
         """Forgets what it keeps for the row."""
         if self._copies is not None:
             self._copies.lookup.leave(key)
-        if self._narrowed is not None:
-            self._narrowed.leave(key)
+        if self._heads is not None:
+            self._heads.leave(key)
 
     def observe(self, rows: Rows, draft: Draft, outcome: Outcome) -> None:
         """Learns from the round."""

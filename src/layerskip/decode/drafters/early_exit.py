@@ -15,10 +15,13 @@ from torch import Tensor
 from layerskip.decode.controllers import Controller, Plan, controller_for
 from layerskip.decode.draft import Draft, Outcome, Rows
 from layerskip.decode.drafters.chain import Ends, draw_chain
-from layerskip.decode.drafters.shortlist import narrowed
-from layerskip.errors import RequestError, check_whole
+from layerskip.decode.drafters.coarse import Coarse
+from layerskip.decode.drafters.shortlist import Narrowed, narrowed
+from layerskip.errors import RequestError, check_whole, suggest
 from layerskip.model.decoder import Decoder
-from layerskip.model.narrow import NarrowHead
+from layerskip.model.narrow import CoarseHead, NarrowHead
+
+HEADS = ("own", "int8")
 
 
 class EarlyExit:
@@ -36,10 +39,12 @@ class EarlyExit:
             share what is proposed, so with a seed, sampled text then depends on its neighbours, in all but its law.
         ranked: tokens by frequency, the likeliest first, for `vocabulary` (see `LLM.rank`); those it leaves out follow
             by their ids.
+        head: "own", or "int8": draft through a copy of the head at 8 bits, where the head costs much and no list of
+            tokens is good enough. For native weights; takes its bytes.
 
     Raises:
-        RequestError: exit, tokens or vocabulary below 1, confidence outside (0, 1], no such rule, a threshold beside
-            one, or a ranking without a vocabulary.
+        RequestError: exit, tokens or vocabulary below 1, confidence outside (0, 1], no such rule or head, a threshold
+            beside a rule, a ranking without a vocabulary, or a vocabulary beside a head of 8 bits.
     """
 
     name = "early-exit"
@@ -53,13 +58,19 @@ class EarlyExit:
         length: str = "fixed",
         vocabulary: int | None = None,
         ranked: Sequence[int] = (),
+        head: str = "own",
     ) -> None:
         check_whole("draft exit", exit)
         if exit < 1:
             raise RequestError(f"draft exit {exit} is not possible; use 1 or more layers")
         self.exit, self.confidence, self.length = exit, confidence, length
         self.controller: Controller = controller_for(tokens, confidence=confidence, length=length)
-        self.vocabulary, self._narrowed = vocabulary, narrowed(vocabulary, ranked)
+        if head not in HEADS:
+            raise RequestError(f"unknown draft head {head!r}; use {', '.join(HEADS)}{suggest(head, HEADS)}")
+        if head == "int8" and vocabulary is not None:
+            raise RequestError("a draft vocabulary has a head of its own; leave it or the head of 8 bits out")
+        self.vocabulary, self.head = vocabulary, head
+        self._heads: Narrowed | Coarse | None = Coarse() if head == "int8" else narrowed(vocabulary, ranked)
 
     @property
     def tokens(self) -> int:
@@ -74,18 +85,18 @@ class EarlyExit:
                 if exit > 1
                 else "a model that decodes with 1 layer has no earlier exit to draft from; use no drafter"
             )
-        if self._narrowed is not None:
-            self._narrowed.check(decoder)
+        if self._heads is not None:
+            self._heads.check(decoder)
 
     def propose(self, rows: Rows, tokens: int) -> Draft:
         """Runs the first layers one token at a time; the last pass only brings the last token to the exit."""
-        head = None if self._narrowed is None else self._narrowed.head(rows)
+        head = None if self._heads is None else self._heads.head(rows)
         return draft_at(rows, tokens, self.controller.plan(len(rows.ids)), exit=self.exit, head=head)[0]
 
     def leave(self, key: int) -> None:
         """Forgets how far it followed the row's text."""
-        if self._narrowed is not None:
-            self._narrowed.leave(key)
+        if self._heads is not None:
+            self._heads.leave(key)
 
     def observe(self, rows: Rows, draft: Draft, outcome: Outcome) -> None:
         """Tells the controller what became of the draft."""
@@ -99,7 +110,7 @@ def draft_at(
     *,
     exit: int,
     taps: Sequence[int] = (),
-    head: NarrowHead | None = None,
+    head: NarrowHead | CoarseHead | None = None,
     matched: bool = False,
 ) -> tuple[Draft, dict[int, Tensor]]:
     """A draft of an exit, and the states of its nodes at other depths, for which no layer runs twice.

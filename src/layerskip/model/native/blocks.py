@@ -16,6 +16,7 @@ from layerskip.model.quantise import GROUP, quantised, slices
 
 BLOCK = 16
 PIECE = 64  # inputs: two groups, as in quantised.h
+_AT_ONCE = 2**20  # weights that are quantised at a time
 
 
 class Blocks(nn.Module):
@@ -51,6 +52,22 @@ class Blocks(nn.Module):
         other.bias, other.rows = None, rows
         other.outputs, other.nbytes = BLOCK * other.weight.shape[0], other.weight.nbytes
         return other
+
+    def coarse(self, bits: int) -> Blocks:
+        """The same layer with quantised weights; of one part, without a bias, that is not quantised yet."""
+        other = copy.copy(self)
+        step = max(1, _AT_ONCE // (BLOCK * self.inputs))
+        first = in_pieces(self._outputs(0, 1), bits)
+        other.weight = first.new_empty(self.weight.shape[0], *first.shape[1:])
+        for start in range(0, self.weight.shape[0], step):
+            other.weight[start : start + step] = in_pieces(self._outputs(start, start + step), bits)
+        other.bits, other.inputs, other.nbytes = bits, PIECE * other.weight.shape[1], other.weight.nbytes
+        return other
+
+    def _outputs(self, first: int, last: int) -> Tensor:
+        """Outputs of some blocks, (n, I), as they were before they were put in order."""
+        lanes = 2 if self.weight.dtype == torch.bfloat16 else 3
+        return self.weight[first:last].movedim(lanes, 1).flatten(2).flatten(0, 1)
 
     def put(self, outputs: Tensor, source: Blocks, rows: Tensor) -> None:
         """Makes outputs (n,) those of a layer of the same form, of one part: its outputs `rows` (n,)."""

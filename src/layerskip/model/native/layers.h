@@ -166,13 +166,15 @@ int64_t largest(const float* x, int count, float* probability) {
 }
 
 // Up to `count` tokens a row, each the likeliest after the one before it at `exit`; how many. `tokens` (count + 1, B)
-// begins with the last known ones; output n of the head means token names[n], or n without names; `states` (count + 1, B, D) are those of all of them at the exit.
-template <class W, class X>
-int draft(const Model& model, const Layer* layers, int exit, const Linear& head, const int64_t* names, const float* weight,
-           const Table& table, Call call, void* const* keys, void* const* values, int count, Stop stop, int64_t* tokens, float* states) {
+// begins with the last known ones; `states` (count + 1, B, D) are those of all of them at the exit. `predict` gives a
+// row's logits of `outputs` tokens; output n means token names[n], or n without names.
+template <class W, class X, class Predict>
+int draft(const Model& model, const Layer* layers, int exit, int outputs, const int64_t* names, const Table& table,
+          Call call, void* const* keys, void* const* values, int count, Stop stop, int64_t* tokens, float* states,
+          Predict predict) {
     const int rows = call.rows;
     int64_t* at = room<int64_t, 9>(rows);
-    float* logits = room<float, 10>(size_t(rows) * model.vocab);
+    float* logits = room<float, 10>(size_t(rows) * outputs);
     std::memcpy(at, call.at, rows * sizeof(int64_t));
     call.at = at;
     float* sure = stop ? room<float, 11>(rows) : nullptr;
@@ -183,9 +185,9 @@ int draft(const Model& model, const Layer* layers, int exit, const Linear& head,
                         : embed<float>(table, last, rows, model.width, hidden);
         span<W, X>(model, layers, 0, exit, hidden, call, keys, values);
         if (i == count) return count;
-        predict<W, X>(model, head, weight, hidden, rows, logits, call.threads);
+        predict(hidden, rows, logits);
         for (int b = 0; b < rows; b++) {
-            const int64_t best = largest(logits + size_t(b) * model.vocab, model.vocab, sure ? sure + b : nullptr);
+            const int64_t best = largest(logits + size_t(b) * outputs, outputs, sure ? sure + b : nullptr);
             tokens[size_t(i + 1) * rows + b] = names ? names[best] : best;
             at[b]++;
         }

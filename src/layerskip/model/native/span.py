@@ -130,9 +130,10 @@ class Native:
         states = torch.empty(count + 1, tokens.shape[0], self._shape.width, dtype=torch.float32)
         with self._call(at, cache, rows=rows, slots=None, mask=None, limit=limit) as call:
             done = self._library.layerskip_draft(
-                byref(model),
+                byref(self._model),
                 self._layers,
                 exit,
+                byref(model),
                 byref(linear),
                 c_void_p(_address(names)),
                 c_void_p(self._norm),
@@ -197,10 +198,10 @@ class Native:
         return out
 
     def _predicting(self, head: nn.Module) -> tuple[Any, Structure]:
-        """The model and a head for a call: a narrow head is that of a model of fewer tokens."""
+        """A model that predicts by this head, and the head: it may be of fewer tokens, or of fewer bits."""
         assert isinstance(head, Blocks)
         model: Any = _MODEL.from_buffer_copy(self._model)
-        model.vocab = head.rows
+        model.vocab, model.format = head.rows, FORMATS[self._dtype] + QUANTISED[head.bits]
         return model, _LINEAR(head.weight.data_ptr(), None, head.inputs, head.outputs)
 
     def _layer(self, layer: nn.Module, window: int | None) -> Structure:
