@@ -269,6 +269,7 @@ class Batch:
             residual=rows.uniform(Purpose.RESIDUAL, drafted),
         )
         if draft.parents is None:
+            assert isinstance(target, Tensor), "chosen tokens are compared"
             return verify_chain(
                 target, draft.tokens, uniforms=uniforms, proposals=draft.proposals, lengths=draft.lengths
             )

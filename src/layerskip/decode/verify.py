@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from layerskip.decode.sampling import Chosen, Laws, draw
+from layerskip.decode.sampling import Laws, draw
 from layerskip.decode.tree import node_depths
 
 
@@ -53,7 +53,7 @@ class Uniforms:
 
 
 def verify_chain(
-    target: Laws,
+    target: Tensor,
     tokens: Tensor,
     *,
     uniforms: Uniforms,
@@ -63,7 +63,7 @@ def verify_chain(
     """Verifies a chain of drafted tokens; what comes out has exactly the law `target`.
 
     Args:
-        target: (B, K + 1, V) the target law after each node, or the tokens it chooses.
+        target: (B, K + 1, V) the target law after each node; for laws that choose there is `verify_chosen`.
         tokens: (B, K) drafted tokens.
         uniforms: the random numbers to use.
         proposals: per position the (B, V) law the token was drawn from, or None where it was chosen; None for all.
@@ -83,7 +83,6 @@ def verify_chain(
     laws = {i: q for i, q in enumerate(proposals or ()) if q is not None}
     drawn = list(laws)
     if drawn:
-        target = target.dense(laws[drawn[0]].shape[-1]) if isinstance(target, Chosen) else target
         q = torch.zeros_like(target)
         for i in drawn:
             q[:, i] = laws[i]
@@ -96,7 +95,6 @@ def verify_chain(
     accepted = keep.long().cumprod(-1).sum(-1)
     token = own.gather(1, accepted[:, None])[:, 0]
     if drawn:
-        assert isinstance(target, Tensor)
         # a drawn token was turned down here: not the end of the row's draft, and not a chosen token
         was_drawn = torch.zeros(count + 1, dtype=torch.bool, device=tokens.device)
         was_drawn[drawn] = True
