@@ -73,7 +73,7 @@ class Own:
 
 def _drafter(draft: Draft) -> Drafter:
     if draft.auto:
-        return Auto(exit=draft.exit, vocabulary=draft.vocabulary)
+        return Auto(exit=draft.exit, vocabulary=draft.vocabulary, head=draft.head)
     return EarlyExit(
         draft.exit,
         tokens=draft.tokens,

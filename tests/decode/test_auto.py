@@ -34,7 +34,7 @@ class Restless(Auto):
 
     def propose(self, rows: Rows, tokens: int) -> Any:
         mind = self._mind(rows)
-        place = mind._place(len(rows.ids))
+        place = mind.places.at(len(rows.ids))
         place.use([1, 3, 0, 2][mind.rounds % 4])
         place.rounds = 3  # nothing is due
         mind.seconds, mind.overhead, mind._unlooked = 1e9, 0.0, 9

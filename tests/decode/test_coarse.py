@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from layerskip import EarlyExit, RequestError, load
+from layerskip import Auto, EarlyExit, RequestError, load
 from layerskip.decode.sampling import Sampling
 from layerskip.llm import LLM
 from layerskip.model.narrow import CoarseHead
@@ -21,9 +21,20 @@ def llm(request: pytest.FixtureRequest, tiny_checkpoint: Path) -> LLM:
 
 def test_greedy_text_is_that_of_plain_decoding(llm: LLM) -> None:
     plain = [one.tokens for one in llm.generate(PROMPTS, max_tokens=50, ignore_eos=True)]
-    for draft in (EarlyExit(1, tokens=5, head="int8"), EarlyExit(2, tokens=4, confidence=0.3, head="int8")):
+    auto = Auto(exit=1, head="int8")
+    for draft in (EarlyExit(1, tokens=5, head="int8"), EarlyExit(2, tokens=4, confidence=0.3, head="int8"), auto):
         found = llm.generate(PROMPTS, max_tokens=50, ignore_eos=True, draft=draft)
         assert [one.tokens for one in found] == plain
+    assert auto.counts["early-exit:1"].drafted > 0
+
+
+def test_seeded_text_of_auto_is_that_of_plain_decoding(llm: LLM) -> None:
+    """Draws by the target's own numbers, from whatever law the head of 8 bits gives."""
+    auto, sampling = Auto(exit=1, head="int8"), Sampling(temperature=1.0, seed=4)
+    plain = [one.tokens for one in llm.generate(PROMPTS, max_tokens=50, ignore_eos=True, sampling=sampling)]
+    found = llm.generate(PROMPTS, max_tokens=50, ignore_eos=True, sampling=sampling, draft=auto)
+    assert [one.tokens for one in found] == plain
+    assert auto.counts["early-exit:1"].drafted > 0
 
 
 def test_it_proposes_nearly_what_the_own_head_would(llm: LLM) -> None:

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from layerskip.decode.controllers import LENGTHS, Confidence, Fixed, Gain, Thompson, controller_for
-from layerskip.decode.controllers.gain import Course, pays
+from layerskip.decode.controllers import LENGTHS, Confidence, Fixed, Gain, Plan, Thompson, controller_for
+from layerskip.decode.controllers.gain import Learned
 from layerskip.decode.controllers.learned import Agreement, Calibration, Rate, trials
 from layerskip.decode.controllers.seconds import Line, Pace, bucket
 from layerskip.decode.controllers.thompson import best_length
 from layerskip.decode.draft import Draft, Outcome
 from layerskip.errors import RequestError
+from layerskip.model.stop import Ends
 
 EMPTY = torch.zeros(0)
 
@@ -35,6 +36,11 @@ def round_of(
     )
 
 
+def ends_of(plan: Plan, *, rows: int = 1) -> Ends:
+    assert plan.stop is not None
+    return Ends(plan.stop, rows=rows, count=plan.length)
+
+
 def best_by_hand(rate: float, start: float, step: float, most: int) -> int:
     """Every length, by the sum rather than the formula."""
     speeds = [sum(rate**i for i in range(k + 1)) / (start + k * step) for k in range(1, most + 1)]
@@ -49,21 +55,27 @@ def test_the_best_length_is_the_best_of_all(rate: float, step: float) -> None:
 
 def test_a_draft_goes_on_while_it_pays() -> None:
     """Tokens are kept as often as the drafter is sure: 0.95, 0.88, 0.68 are the middles of their ranges."""
-    plan = Course(9, rows=1, calibration=Calibration(), rate=0.8, price=0.5)
+    ends = ends_of(Learned(0.8).plan(9, price=0.5))
     # 0.95 x 0.8 = 0.76, then x 0.88 = 0.669, then x 0.68 = 0.455 < 0.5
-    assert [plan.stop([c]) for c in (0.95, 0.9, 0.7)] == [[False], [False], [True]]
-    assert pays(0.625, 0.8, price=0.5)
-    assert not pays(0.62, 0.8, price=0.5)
+    assert [ends([c]) for c in (0.95, 0.9, 0.7)] == [False, False, True]
+    assert ends.lengths == [3]
 
 
 def test_rows_share_the_price_of_a_step_and_stop_together() -> None:
-    plan = Course(9, rows=2, calibration=Calibration(), rate=1.0, price=1.0)
-    assert plan.stop([0.1, 0.95]) == [False, False]  # 0.1 + 0.95 >= 1
-    assert plan.stop([0.1, 0.95]) == [True, True]  # 0.01 + 0.9025 < 1
+    ends = ends_of(Learned(1.0).plan(9, price=1.0), rows=2)
+    assert not ends([0.1, 0.95])  # 0.1 + 0.95 >= 1
+    assert ends([0.1, 0.95])  # 0.01 + 0.9025 < 1
+    assert ends.lengths == [2, 2]
+
+
+def test_rows_pass_a_threshold_one_by_one() -> None:
+    ends = ends_of(Confidence(9, threshold=0.6).plan(3), rows=3)
+    assert [ends(sure) for sure in ([0.6, 0.5, 0.9], [0.9, 0.9, 0.1], [0.2, 0.9, 0.9])] == [False, False, True]
+    assert ends.lengths == [3, 1, 2]
 
 
 def test_a_broken_confidence_ends_the_draft() -> None:
-    assert Course(9, rows=1, calibration=Calibration(), rate=1.0, price=0.1).stop([math.nan]) == [True]
+    assert ends_of(Learned(1.0).plan(9, price=0.1))([math.nan])
     Calibration().add(math.nan, True)
 
 
@@ -145,8 +157,8 @@ def test_both_rules_draft_less_where_a_position_costs_more() -> None:
     assert lengths(thompson, rows=16) < lengths(thompson, rows=1) - 1
 
     def steps(rows: int) -> int:
-        plan = gain.plan(rows)
-        return next((i + 1 for i in range(12) if all(plan.stop([0.8] * rows))), 12)
+        ends = ends_of(gain.plan(rows), rows=rows)
+        return next((i + 1 for i in range(12) if ends([0.8] * rows)), 12)
 
     assert steps(16) < steps(1)
 
@@ -157,7 +169,7 @@ def test_gain_learns_what_confidence_is_worth() -> None:
         gain = Gain(12)
         for _ in range(80):
             gain.learn(*round_of(6, [accepted], draft=0.6, verify=1.0, confidence=confidence))
-        assert gain.plan(1).stop([confidence]) == [stops]
+        assert ends_of(gain.plan(1))([confidence]) == stops
 
 
 def test_options_mean_controllers() -> None:

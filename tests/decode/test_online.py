@@ -8,11 +8,22 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
+from layerskip.decode.controllers import Plan
 from layerskip.decode.controllers.choice import PLAIN, Decision, candidates, fastest
 from layerskip.decode.controllers.online import Online
 from layerskip.decode.draft import Draft, Outcome
+from layerskip.model.stop import Ends
 
 EMPTY = torch.zeros(0)
+
+
+def drafted(plan: Plan, draws: random.Random, rows: int) -> list[list[float]]:
+    """A draft's confidence: more or less sure, whatever becomes of the tokens."""
+    assert plan.stop is not None
+    ends = Ends(plan.stop, rows=rows, count=plan.length)
+    while len(ends.confidence) < plan.length and not ends([draws.uniform(0.6, 1.0) for _ in range(rows)]):
+        pass
+    return ends.confidence
 
 
 @dataclass
@@ -23,13 +34,15 @@ class Machine:
     rows: int = 1
     position: float = 0.03  # what a further position adds to a verification
     overhead: float = 0.0  # of a draft step
+    pace: float = 1.0  # others may use the machine
     draws: random.Random = field(default_factory=lambda: random.Random(5))
 
     def seconds(self, exit: int, tokens: int) -> tuple[float, float]:
         if exit == PLAIN:
-            return 0.0, 0.009
+            return 0.0, 0.009 * self.pace
         step = 0.001 * (exit + 1) + self.overhead
-        return tokens * step + 0.001 * exit, 0.001 * (9 - exit) * (1 + self.position * tokens)
+        verify = 0.001 * (9 - exit) * (1 + self.position * tokens)
+        return (tokens * step + 0.001 * exit) * self.pace, verify * self.pace
 
     def run(self, online: Online, rounds: int) -> Counter[int]:
         """Decodes; returns how many rounds each exit drafted."""
@@ -40,14 +53,13 @@ class Machine:
             done[decision.exit] += 1
         return done
 
-    def one(self, online: Online, decision: Decision) -> None:
-        tokens = 0
-        if decision.exit != PLAIN:
-            plan = online.course(decision, rows=self.rows)
-            tokens = next((i + 1 for i in range(plan.length) if all(plan.stop([0.8] * self.rows))), plan.length)
+    def one(self, online: Online, decision: Decision) -> int:
+        """A round; returns how many tokens it drafted."""
+        sure = drafted(decision.plan, self.draws, self.rows) if decision.exit != PLAIN else []
+        tokens = len(sure)
         kept = [self.kept(self.rates.get(decision.exit, 0.0), tokens) for _ in range(self.rows)]
         draft, verify = self.seconds(decision.exit, tokens)
-        chain = Draft(torch.zeros(self.rows, tokens, dtype=torch.long), confidence=[[0.8] * self.rows] * tokens or None)
+        chain = Draft(torch.zeros(self.rows, tokens, dtype=torch.long), confidence=sure or None)
         emitted = [[1] * (n + 1) for n in kept]
         looked = 0.0005 * len(decision.taps)
         outcome = Outcome(EMPTY, EMPTY, kept, [[]] * self.rows, emitted, draft + looked, verify)
@@ -58,6 +70,7 @@ class Machine:
             }
             online.look(decision, seen, chain, outcome, seconds=looked)
         online.learn(decision, chain, outcome)
+        return tokens
 
     def kept(self, rate: float, tokens: int) -> int:
         return next((i for i in range(tokens) if self.draws.random() >= rate), tokens)
@@ -123,6 +136,41 @@ def test_drafting_comes_back_when_it_pays() -> None:
     assert machine.run(mind, 200)[PLAIN] > 180
 
 
+def test_a_machine_that_slows_down_is_not_taken_for_drafts_that_lose() -> None:
+    machine, mind = Machine(GOOD), online(start=2)
+    for pace in (1.0, 3.0, 1.0, 4.0):
+        machine.pace = pace
+        assert machine.run(mind, 100)[PLAIN] < 10
+
+
+def test_a_few_lucky_looks_change_nothing() -> None:
+    machine, mind = Machine(GOOD), online(start=2, share=0.0)  # nobody looks
+    machine.run(mind, 100)
+    for _ in range(2):
+        mind.learned[3].agreement.add_text([True, True])
+    assert machine.run(mind, 100)[2] > 90
+    for _ in range(60):
+        mind.learned[3].agreement.add_text([True] * 6)
+    assert machine.run(mind, 100)[3] > 60
+
+
+def test_one_round_of_four_is_watched_until_tokens_get_dearer() -> None:
+    machine, mind = Machine(GOOD), online(start=2)
+    machine.run(mind, 100)
+
+    def watched(rounds: int) -> int:
+        found = 0
+        for _ in range(rounds):
+            decision = mind.decide(1)
+            machine.one(mind, decision)
+            found += decision.watched
+        return found
+
+    assert watched(100) < 35
+    machine.rates = NEVER
+    assert watched(40) > 20
+
+
 def test_looking_at_other_exits_keeps_within_its_share() -> None:
     for rates in (GOOD, NEVER):
         machine, mind = Machine(rates), online()
@@ -153,18 +201,16 @@ def test_a_round_that_looks_costs_what_it_takes_beyond_its_like() -> None:
 def test_many_rows_narrow_drafts() -> None:
     """Where positions are dear, as with many rows, drafts are shorter, or there are none."""
 
-    def drafted(position: float, rows: int) -> float:
+    def length(position: float, rows: int) -> float:
         machine, mind = Machine(GOOD, rows=rows, position=position), online(start=2)
         machine.run(mind, 400)
-        decision = mind.decide(rows)
-        while decision.exit == PLAIN and decision.token is None:
+        lengths = []
+        for _ in range(400):
             decision = mind.decide(rows)
-        if decision.exit == PLAIN:
-            return 0.0
-        plan = mind.course(decision, rows=rows)
-        return next((i + 1 for i in range(16) if all(plan.stop([0.8] * rows))), 16)
+            lengths.append(machine.one(mind, decision))
+        return sum(lengths) / len(lengths)
 
-    assert drafted(0.02, 1) > drafted(0.25, 16)
+    assert length(0.02, 1) > length(0.25, 16) + 0.5
     assert Machine(GOOD, rows=16, position=3.0).run(online(start=2), 400)[PLAIN] > 300
 
 

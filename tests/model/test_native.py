@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from layerskip.model.decoder import Decoder
 from layerskip.model.native import build
 from layerskip.model.pack import chosen
 from layerskip.model.shape import Shape
+from layerskip.model.stop import Ends, Stop
 
 SIZES: dict[str, Any] = {
     "vocab_size": 101, "hidden_size": 54, "intermediate_size": 75, "num_hidden_layers": 4, "num_attention_heads": 6,
@@ -168,22 +170,27 @@ def test_a_draft_is_what_one_by_one_gives(decoder: Decoder, rows: Any) -> None:
     assert expected[0].unique().numel() > 3
 
 
-def test_a_draft_stops_where_it_is_told(decoder: Decoder) -> None:
-    told: list[list[float]] = []
-
-    def stop(sure: list[float]) -> bool:
-        told.append(sure)
-        return len(told) == 3
-
+def test_a_draft_ends_where_its_rule_says(decoder: Decoder) -> None:
     cache, ids = decoder.cache(rows=2, slots=24), tokens(2)
     at = torch.full((2, 1), 17)
     decoder.run(decoder.embed(ids[:, :17]), torch.arange(17).expand(2, -1), cache)
-    more, states = decoder.draft(ids[:, 17:18], at, cache, 3, 5, rows=slice(0, 2), limit=18, stop=stop)
     whole, all_states = decoder.draft(ids[:, 17:18], at, cache, 3, 5, rows=slice(0, 2), limit=18)
-    assert torch.equal(more, whole[:, :3])
-    assert torch.equal(states, all_states[:, :4])
-    expected = decoder.logits(all_states[:, :3]).softmax(-1).amax(-1)
-    torch.testing.assert_close(torch.tensor(told).T, expected)
+    sure = decoder.logits(all_states[:, :5]).softmax(-1).amax(-1)
+    draws, counts = random.Random(3), set[int]()
+    for _ in range(60):
+        edges = sorted(draws.uniform(0.0, 2 * float(sure.mean())) for _ in range(draws.randrange(5)))
+        factors = [draws.choice([0.0, 0.3, 0.9, 1.0]) for _ in range(len(edges) + 1)]
+        rule = Stop(edges, factors, draws.uniform(0.0, 1.5))
+        wanted = Ends(rule, rows=2, count=5)
+        count = next((i + 1 for i in range(5) if wanted(sure[:, i].tolist())), 5)
+        ends = Ends(rule, rows=2, count=5)
+        more, states = decoder.draft(ids[:, 17:18], at, cache, 3, 5, rows=slice(0, 2), limit=18, ends=ends)
+        assert torch.equal(more, whole[:, :count])
+        assert torch.equal(states, all_states[:, : count + 1])
+        torch.testing.assert_close(torch.tensor(ends.confidence).T, sure[:, :count])
+        assert ends.lengths == wanted.lengths
+        counts.add(count)
+    assert {1, 2, 5} <= counts
 
 
 def test_a_draft_without_kernels_is_the_same(folder: Path) -> None:

@@ -21,6 +21,7 @@ from layerskip.model.quantise import Quantised, bits_of
 from layerskip.model.rope import cos_sin
 from layerskip.model.rows import FileRows
 from layerskip.model.shape import Shape
+from layerskip.model.stop import Ends
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -264,7 +265,7 @@ class Decoder(nn.Module):
         *,
         rows: RowIndex,
         limit: int,
-        stop: Callable[[list[float]], bool] | None = None,
+        ends: Ends | None = None,
         head: nn.Module | None = None,
         names: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -278,8 +279,7 @@ class Decoder(nn.Module):
             count: K, tokens to draft at most.
             rows: as in `run`.
             limit: as in `run`, for the given tokens.
-            stop: given the probability of the token just drafted in each row, whether to draft no more. Asking takes a
-                softmax over the vocabulary.
+            ends: where the draft ends, by how sure it is of its tokens; asking takes a softmax over the vocabulary.
             head: as in `predict`; None is the model's own.
             names: (N,) the token that each output of `head` means; None where they are the tokens.
 
@@ -294,7 +294,7 @@ class Decoder(nn.Module):
                 cache.place(rows, steps, steps)
             limit = min(limit, cache.slots)
             return self._native.draft(
-                tokens, at, cache, exit, count, rows=rows, limit=limit, stop=stop, head=head, names=names
+                tokens, at, cache, exit, count, rows=rows, limit=limit, ends=ends, head=head, names=names
             )
         states = list[Tensor]()
         while True:
@@ -305,7 +305,7 @@ class Decoder(nn.Module):
             logits = self.predict(states[-1], head)
             best = logits.argmax(-1)
             tokens = torch.cat((tokens, best if names is None else names[best]), 1)
-            if stop is not None and stop(largest_probability(logits)):
+            if ends is not None and ends(largest_probability(logits)):
                 count = i + 1
         return tokens[:, 1:], torch.cat(states, 1)
 

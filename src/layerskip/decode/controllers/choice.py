@@ -1,22 +1,17 @@
-"""What can be chosen online: an exit, how long, or nothing; and what is known of rounds with so many rows.
+"""What can be chosen online: an exit, how long, or nothing.
 
-Arithmetic and records. Knows no tensors, reads no clock, decides nothing over time: `online` does.
+Arithmetic. Knows no tensors, reads no clock, decides nothing over time: `online` does.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from layerskip.decode.controllers.gain import Spent
-from layerskip.decode.controllers.seconds import RECENT, Pace, median
+from layerskip.decode.controllers.controller import Plan
 
 PLAIN = 0
 """The exit that stands for drafting nothing."""
-
-WAIT = 8
-"""Plain rounds until drafting is tried again, the first time that it did not pay."""
 
 
 @dataclass(frozen=True)
@@ -80,49 +75,20 @@ def candidates(depth: int, *, start: int | None = None) -> list[int]:
     return sorted(found)
 
 
-class Place:
-    """What is known of rounds with about so many rows, and what they do.
-
-    Args:
-        exit: in use; PLAIN where nothing drafts.
-        next_plain: rounds until one of plain decoding is measured.
-    """
-
-    def __init__(self, exit: int, *, next_plain: int) -> None:
-        self.exit, self.next_plain, self.gap = exit, next_plain, 4
-        self.paces: dict[int, Pace] = {}  # by exit; PLAIN is for copies
-        self.plain: deque[float] = deque(maxlen=RECENT)
-        self.spent = Spent()  # with the exit in use
-        self.rounds = 0
-        self.waited, self.wait, self.trial, self.gave_up = 0, WAIT, False, False
-
-    @property
-    def step(self) -> float | None:
-        """Seconds of a plain round."""
-        return median(self.plain) if self.plain else None
-
-    @property
-    def measured(self) -> list[int]:
-        """Exits whose rounds were measured."""
-        return [exit for exit in self.paces if exit != PLAIN]
-
-    def use(self, exit: int, *, trial: bool = False) -> None:
-        """Changes what the rounds do."""
-        self.exit, self.trial, self.spent, self.waited = exit, trial, Spent(), 0
-
-
 @dataclass(frozen=True)
 class Decision:
     """What a round does.
 
     Args:
         exit: that drafts; PLAIN for none.
-        price: of a drafted token, in emitted ones.
+        plan: of the draft.
         taps: exits to look at on the way.
         token: seconds that an emitted token should take so; None where nobody knows.
+        watched: whether the round is learnt from.
     """
 
     exit: int
-    price: float = 0.0
+    plan: Plan = field(default_factory=lambda: Plan(0))
     taps: tuple[int, ...] = ()
     token: float | None = None
+    watched: bool = True

@@ -6,28 +6,29 @@ turned out to be: that would bias the law (a token it is unsure of is kept, and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from layerskip.decode.draft import Draft, Outcome
+from layerskip.model.stop import Stop
 
 
-class Plan(Protocol):
-    """How long one round drafts."""
+@dataclass(frozen=True)
+class Plan:
+    """How long one round drafts.
 
-    @property
-    def length(self) -> int:
-        """Tokens to draft, at most."""
-        ...
+    Args:
+        length: tokens to draft, at most.
+        stop: where drafts end before that, by the drafter's largest probability at each token; None nowhere.
+    """
 
-    @property
-    def confident(self) -> bool:
-        """Whether `stop` wants the drafter's confidence."""
-        ...
+    length: int
+    stop: Stop | None = None
 
-    def stop(self, confidence: Sequence[float]) -> list[bool]:
-        """Which rows stop after the token just drafted; for each row, the drafter's largest probability there."""
-        ...
+    def eager(self, factor: float) -> Plan:
+        """The same with tokens that cost so many times less."""
+        stop = self.stop
+        return self if stop is None else Plan(self.length, Stop(stop.edges, stop.factors, stop.least / factor))
 
 
 class Controller(Protocol):

@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
+from layerskip.decode.controllers.controller import Plan
 from layerskip.decode.draft import Draft, Outcome
 from layerskip.errors import RequestError, check_number, check_whole
-
-
-@dataclass(frozen=True)
-class Length:
-    """The plan of a round that drafts so many tokens, whatever they are."""
-
-    length: int
-    confident: bool = False
-
-    def stop(self, confidence: Sequence[float]) -> list[bool]:
-        """Nobody stops early."""
-        return [False] * len(confidence)
+from layerskip.model.stop import Stop
 
 
 class Fixed:
@@ -30,10 +17,11 @@ class Fixed:
 
     def __init__(self, tokens: int) -> None:
         self.tokens = check_tokens(tokens)
+        self._plan = Plan(self.tokens)
 
-    def plan(self, rows: int) -> Length:
+    def plan(self, rows: int) -> Plan:
         """Tokens to draft."""
-        return Length(self.tokens)
+        return self._plan
 
     def learn(self, draft: Draft, outcome: Outcome) -> None:
         """Nothing to learn."""
@@ -49,22 +37,16 @@ class Confidence:
         RequestError: fewer than one token, or a threshold outside (0, 1].
     """
 
-    confident = True
-
     def __init__(self, tokens: int, *, threshold: float) -> None:
-        self.tokens = self.length = check_tokens(tokens)
+        self.tokens = check_tokens(tokens)
         check_number("confidence", threshold)
         if not 0 < threshold <= 1:
             raise RequestError(f"confidence {threshold} is not allowed; use more than 0 and at most 1")
-        self.threshold = threshold
+        self._plan = Plan(self.tokens, Stop(edges=(threshold,), factors=(0.0, 1.0), least=0.5))
 
-    def plan(self, rows: int) -> Confidence:
+    def plan(self, rows: int) -> Plan:
         """The same every round."""
-        return self
-
-    def stop(self, confidence: Sequence[float]) -> list[bool]:
-        """Whether the drafter was less sure than the threshold, for each row."""
-        return [sure < self.threshold for sure in confidence]
+        return self._plan
 
     def learn(self, draft: Draft, outcome: Outcome) -> None:
         """Nothing to learn."""

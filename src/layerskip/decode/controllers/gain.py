@@ -16,54 +16,13 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
 
+from layerskip.decode.controllers.controller import Plan
 from layerskip.decode.controllers.fixed import check_tokens
-from layerskip.decode.controllers.learned import Agreement, Calibration, trials
+from layerskip.decode.controllers.learned import EDGES, Agreement, Calibration, trials
 from layerskip.decode.controllers.seconds import Pace, bucket
 from layerskip.decode.draft import Draft, Outcome
-
-
-def pays(reach: float, rate: float, *, price: float) -> bool:
-    """Whether the next token should save more than it takes.
-
-    Args:
-        reach: probability that all tokens drafted so far are kept, summed over rows.
-        rate: acceptance of the next one, given that.
-        price: seconds it takes, over seconds that an emitted token takes.
-
-    Example: a step of 0.3 ms where a token takes 1 ms pays while reach x 0.8 is 0.3 or more
-
-        >>> pays(0.5, 0.8, price=0.3), pays(0.3, 0.8, price=0.3)
-        (True, False)
-    """
-    return reach * rate >= price
-
-
-class Course:
-    """The plan of one round: whether it goes on is decided after every token, for all rows together, which share the
-    price of a step.
-
-    Args:
-        length: the most tokens.
-        rows: B.
-        calibration: how often tokens are kept that the drafter is so sure of.
-        rate: acceptance of a token not drafted yet.
-        price: seconds of a step over seconds of an emitted token.
-    """
-
-    confident = True
-
-    def __init__(self, length: int, *, rows: int, calibration: Calibration, rate: float, price: float) -> None:
-        self.length, self._reach = length, [1.0] * rows
-        self._calibration, self._rate, self._price = calibration, rate, price
-
-    def stop(self, confidence: Sequence[float]) -> list[bool]:
-        """All rows or none."""
-        reach = self._reach
-        for b, sure in enumerate(confidence):
-            reach[b] *= self._calibration.rate(sure)
-        return [not pays(sum(reach), self._rate, price=self._price)] * len(reach)
+from layerskip.model.stop import Stop
 
 
 class Learned:
@@ -85,9 +44,21 @@ class Learned:
             for i in range(min(judged, accepted + 1, len(sure))):
                 self.calibration.add(sure[i][b], i < accepted)
 
-    def course(self, length: int, *, rows: int, price: float) -> Course:
-        """A round's plan."""
-        return Course(length, rows=rows, calibration=self.calibration, rate=self.agreement.later.value, price=price)
+    def plan(self, length: int, *, price: float) -> Plan:
+        """A round that goes on as long as the next token should save more than it takes.
+
+        Args:
+            length: the most tokens.
+            price: seconds of a step, for all rows, over seconds that an emitted token takes.
+
+        Example: tokens are kept as often as they are sure, the next one with 0.8; a step costs half a token
+
+            >>> from layerskip.model.stop import Ends
+            >>> ends = Ends(Learned(0.8).plan(9, price=0.5).stop, rows=1, count=9)
+            >>> ends([0.95]), ends([0.9]), ends([0.7])  # 0.76, 0.67 and 0.46 are to be had
+            (False, False, True)
+        """
+        return Plan(length, Stop(EDGES, self.calibration.values, price / self.agreement.later.value))
 
 
 class Gain:
@@ -110,11 +81,11 @@ class Gain:
         self._spent: dict[int, Spent] = defaultdict(Spent)
         self._lock = threading.Lock()
 
-    def plan(self, rows: int) -> Course:
-        """Decides token by token."""
+    def plan(self, rows: int) -> Plan:
+        """Drafts as long as the next token pays."""
         with self._lock:
             kind = bucket(rows)
-            return self.learned.course(self.tokens, rows=rows, price=self._price(kind, rows))
+            return self.learned.plan(self.tokens, price=self._price(kind, rows))
 
     def learn(self, draft: Draft, outcome: Outcome) -> None:
         """Counts tokens and seconds."""

@@ -5,6 +5,7 @@ Old rounds fade, because texts change. Knows counts; knows no tokens, clocks or 
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 
@@ -84,10 +85,20 @@ class Agreement:
             (self.later if before else self.first).add(1.0 if hit else 0.0, 1.0)
             before = hit
 
-    def expected(self, tokens: int) -> float:
-        """Tokens a round emits on average when it drafts so many: 1 + a + a b + a b^2 + ..."""
-        ratio = min(self.later.value, 0.999)
-        return 1.0 + self.first.value * (1.0 - ratio**tokens) / (1.0 - ratio)
+    def expected(self, tokens: int, *, less: float = 0.0) -> float:
+        """Tokens a round emits on average when it drafts so many: 1 + a + a b + a b^2 + ...
+
+        Args:
+            tokens: drafted.
+            less: subtracted from both rates, for an estimate on the safe side.
+        """
+        first, ratio = max(self.first.value - less, 0.0), min(max(self.later.value - less, 0.0), 0.999)
+        return 1.0 + first * (1.0 - ratio**tokens) / (1.0 - ratio)
+
+    @property
+    def doubt(self) -> float:
+        """How far off the rates may be: less with every trial."""
+        return 0.5 / math.sqrt(self.first.tried + self.later.tried + 1.0)
 
 
 EDGES = (0.2, 0.4, 0.6, 0.75, 0.85, 0.92, 0.97)
@@ -100,7 +111,7 @@ class Calibration:
     Example:
         >>> calibration = Calibration()
         >>> calibration.add(0.9, False)
-        >>> calibration.rate(0.9) < calibration.rate(0.8)
+        >>> calibration.values[5] < calibration.values[4]
         True
     """
 
@@ -114,9 +125,10 @@ class Calibration:
         if confidence == confidence:  # a broken model may be not-a-number sure
             self.rates[bisect_right(EDGES, confidence)].add(1.0 if kept else 0.0, 1.0)
 
-    def rate(self, confidence: float) -> float:
-        """The share kept of tokens like this one."""
-        return self.rates[bisect_right(EDGES, confidence)].value if confidence == confidence else 0.0
+    @property
+    def values(self) -> list[float]:
+        """The share kept, by range: of what lies between `EDGES`."""
+        return [rate.value for rate in self.rates]
 
 
 def trials(draft: Draft, outcome: Outcome) -> Iterator[tuple[int, int]]:

@@ -9,12 +9,12 @@ Knows depths, counts and seconds. Knows no tensors and reads no clock.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
-from layerskip.decode.controllers.choice import PLAIN, WAIT, Decision, Fastest, Place, candidates, fastest
-from layerskip.decode.controllers.gain import Course, Learned
-from layerskip.decode.controllers.seconds import ROW, Pace, bucket
+from layerskip.decode.controllers.choice import PLAIN, Decision, Fastest, candidates, fastest
+from layerskip.decode.controllers.gain import Learned
+from layerskip.decode.controllers.places import WAIT, Place, Places
+from layerskip.decode.controllers.seconds import ROW, Pace
 from layerskip.decode.draft import Draft, Outcome
 
 _EVERY = 8  # rounds between two choices
@@ -22,8 +22,11 @@ _FADE = 0.96  # what an observation counts for after one more choice: nobody kno
 _SWITCH = 1.05  # how much faster another exit has to look
 _LEAVE, _RETURN = 1.02, 1.03  # how much slower than plain drafting has to be to end, and how much faster to begin anew
 _TRIAL, _SETTLED = 6, 40  # rounds of drafting until it is judged, and until it counts as won
+_STRIDE = 4  # rounds of which one is decided and learnt from, where nothing changes
+_VARY = 1.25  # how differently such a round prices tokens
+_SURPRISE = 1.2  # how much dearer than it was tokens have to become for that to end
 _LONGEST_WAIT = 512  # plain rounds until drafting is tried again: doubled each time it does not pay
-_TAPS, _LOOK = 3, 3  # exits looked at in one round, and rounds from one look to the next at least
+_TAPS, _LOOK = 3, 2  # exits looked at in one round, and watched rounds from one look to the next at least
 
 
 class Online:
@@ -57,7 +60,7 @@ class Online:
             for exit in self.exits
         }
         self.start = start if start in self.learned else None
-        self.places: dict[int, Place] = {}
+        self.places = Places(depth, head=head, start=self.start)
         self.rounds = 0
         self.seconds, self.overhead, self.lost = 0.0, 0.0, 0.0  # of all rounds, of choosing, of drafting in vain
         self._tap, self._turn = 0.0, 0  # seconds of a tap; whose turn it is
@@ -67,14 +70,31 @@ class Online:
 
     def decide(self, rows: int) -> Decision:
         """What the next round of so many rows does."""
-        place = self._place(rows)
+        place = self.places.at(rows)
         self.rounds += 1
+        if place.exit == PLAIN:
+            place.waited += 1
+        if place.unwatched:
+            place.unwatched -= 1
+            return place.routine
+        decision = self._decide(place, rows)
+        exit, plan, token = decision.exit, decision.plan, decision.token
+        if place.settled and exit == place.exit:
+            place.unwatched, place.routine = _STRIDE - 1, Decision(exit, plan, token=token, watched=False)
+            if exit != PLAIN:
+                # a little longer and shorter in turn: among equal lengths nobody would see what a token costs
+                plan = plan.eager(_VARY if place.rounds // 2 % 2 else 1 / _VARY)
+                return Decision(exit, plan, decision.taps, token)
+        return decision
+
+    def _decide(self, place: Place, rows: int) -> Decision:
         place.rounds += 1
         if place.rounds % _EVERY == 1 or place.rounds <= 3:
             self._choose(place)
         if place.exit == PLAIN:
-            place.waited += 1
             self._try_again(place)
+        elif place.asked:
+            return Decision(PLAIN)
         elif place.rounds > place.next_plain:  # what plain decoding takes has to be known to compare with it
             place.gap = min(2 * place.gap, 256)
             place.next_plain = place.rounds + place.gap
@@ -82,16 +102,13 @@ class Online:
         token, taps = self._token(place, rows), self._taps(place)
         if place.exit == PLAIN:
             return Decision(PLAIN, taps=taps, token=token)
-        price = self._line(place, place.exit)[1] / token if token else 0.3 * rows  # a guess, for the first round
-        return Decision(place.exit, price, taps, token)
-
-    def course(self, decision: Decision, *, rows: int) -> Course:
-        """How long the round drafts: as long as the next token pays."""
-        return self.learned[decision.exit].course(self.tokens, rows=rows, price=decision.price)
+        price = self.places.line(place, place.exit)[1] / token if token else 0.3 * rows  # a guess, for the first round
+        plan = self.learned[place.exit].plan(self.tokens, price=price)  # as long as the next token pays
+        return Decision(place.exit, plan, taps, token)
 
     def copy_seconds(self, rows: int, width: int) -> float | None:
         """What a round that copies so many tokens takes; None where nothing is known."""
-        place = self._place(rows)
+        place = self.places.at(rows)
         pace = place.paces.get(PLAIN)
         if pace is not None:
             return pace.start + pace.step * width
@@ -102,25 +119,29 @@ class Online:
     def learn(self, decision: Decision, draft: Draft, outcome: Outcome) -> None:
         """Takes up a round that did as decided; one that looked at other exits too was told by `look` before."""
         rows, count = len(outcome.accepted), draft.tokens.shape[1]
-        place, seconds = self._place(rows), outcome.draft_seconds + outcome.verify_seconds
+        place, seconds = self.places.at(rows), outcome.draft_seconds + outcome.verify_seconds
         self.seconds += seconds
-        if decision.exit != PLAIN and count:
+        emitted = sum(map(len, outcome.emitted))
+        if count and decision.exit == place.exit:
+            place.spent.add(emitted, seconds - (self._looked if decision.taps else 0.0))
+        if not decision.watched:
+            if decision.token is not None and place.spent.token > _SURPRISE * decision.token:
+                place.unwatched = 0
+        elif decision.exit != PLAIN and count:
             self.learned[decision.exit].learn(draft, outcome)
-            emitted = sum(map(len, outcome.emitted))
             if not decision.taps:
                 pace = place.paces.setdefault(decision.exit, Pace())
                 pace.add(count, draft=outcome.draft_seconds, verify=outcome.verify_seconds)
-            if decision.exit == place.exit:
-                place.spent.add(emitted, seconds - (self._looked if decision.taps else 0.0))
             if place.trial and place.step is not None:
                 self.lost += max(0.0, seconds - emitted * place.step / rows)
             self._judge(place, rows)
         elif not count and not decision.taps:
-            place.plain.append(seconds)
+            place.took(seconds)
 
     def learn_copy(self, draft: Draft, outcome: Outcome) -> None:
         """Takes up a round that copied instead."""
-        place = self._place(len(outcome.accepted))
+        place = self.places.at(len(outcome.accepted))
+        place.unwatched = 0  # the next round may go on copying
         self.seconds += outcome.draft_seconds + outcome.verify_seconds
         pace = place.paces.setdefault(PLAIN, Pace(passes=False))
         pace.add(draft.tokens.shape[1], draft=outcome.draft_seconds, verify=outcome.verify_seconds)
@@ -147,8 +168,8 @@ class Online:
             for said, text in zip(tokens, outcome.emitted, strict=True):
                 # node i lies on the text up to the first token that was not drafted
                 self.learned[exit].agreement.add_text([a == b for a, b in zip(said, text, strict=False)])
-        place = self._place(len(outcome.accepted))
-        usual = self._usual(place, decision.exit, draft.tokens.shape[1])
+        place = self.places.at(len(outcome.accepted))
+        usual = self.places.usual(place, decision.exit, draft.tokens.shape[1])
         beyond = outcome.draft_seconds + outcome.verify_seconds - seconds - usual if usual is not None else 0.0
         cost = seconds + max(0.0, beyond)
         self._looked, each = cost, cost / len(seen)
@@ -163,13 +184,13 @@ class Online:
             learned.agreement.first.fade(_FADE)
             learned.agreement.later.fade(_FADE)
         self._share_guesses()
-        best = self._fastest(place, self.exits)
-        if best.exit in (PLAIN, place.exit):
-            return
         if place.exit == PLAIN:
-            if place.plain and not place.gave_up:  # one round of plain decoding first
+            best = self._fastest(place, self.exits)
+            if best.exit != PLAIN and place.plain and not place.gave_up:  # one round of plain decoding first
                 place.use(best.exit)
             return
+        # looking is cheap and changing is not: exits are looked at for what they may be, and taken for what they are
+        best = self._fastest(place, [exit for exit in self.exits if exit != place.exit], plain=False, proven=True)
         early = place.exit == self.start and place.rounds < 2 * _EVERY  # a recommendation has its first few rounds
         if not early and best.rate > _SWITCH * self._fastest(place, [place.exit], plain=False).rate:
             place.use(best.exit, trial=place.trial)
@@ -181,15 +202,22 @@ class Online:
             return
         best = self._fastest(place, self.exits, plain=False)
         pays = place.step is not None and best.rate * place.step > _RETURN
-        if pays or place.waited >= 4 * place.wait:
-            place.use(best.exit, trial=True)
+        if not pays and place.waited < 4 * place.wait:
+            return
+        if not pays:  # what rounds took may be long ago, on a machine that had more to do
+            place.forget()
+            best = self._fastest(place, self.exits, plain=False)
+        place.use(best.exit, trial=True)
 
     def _judge(self, place: Place, rows: int) -> None:
         """Ends drafting that is slower than plain decoding."""
         spent, step = place.spent, place.step
-        if place.trial and spent.count >= _SETTLED:
-            place.trial, place.wait = False, WAIT
-        if step is None or spent.count < _TRIAL or spent.token * rows <= _LEAVE * step:
+        if spent.count >= _SETTLED:
+            place.trial, place.doubted, place.wait = False, False, WAIT
+        if step is None or spent.count < (2 * _TRIAL if place.doubted else _TRIAL) or spent.token * rows <= _LEAVE * step:
+            return
+        if not place.trial and not place.doubted:
+            place.doubt()
             return
         other = self._fastest(place, [exit for exit in self.exits if exit != place.exit])
         if not place.trial and other.exit != PLAIN and other.rate * step > _SWITCH:
@@ -200,12 +228,14 @@ class Online:
         place.use(PLAIN)
         place.gave_up = True
 
-    def _fastest(self, place: Place, exits: Sequence[int], *, plain: bool = True) -> Fastest:
+    def _fastest(self, place: Place, exits: Sequence[int], *, plain: bool = True, proven: bool = False) -> Fastest:
+        """Of these exits and plain decoding; with `proven`, an exit is only taken to be as good as its trials show."""
         agreements = {exit: self.learned[exit].agreement for exit in exits}
-        lines = {exit: self._line(place, exit) for exit in exits}
+        less = {exit: agreement.doubt / 2 if proven else 0.0 for exit, agreement in agreements.items()}
+        lines = {exit: self.places.line(place, exit) for exit in exits}
         return fastest(
             exits,
-            expected=lambda exit, tokens: agreements[exit].expected(tokens),
+            expected=lambda exit, tokens: agreements[exit].expected(tokens, less=less[exit]),
             seconds=lambda exit, tokens: lines[exit][0] + lines[exit][1] * tokens,
             plain=place.step if plain else None,
             most=self.tokens,
@@ -246,28 +276,11 @@ class Online:
 
     def _hope(self, place: Place, exit: int) -> float:
         """Tokens per second and row if the exit is as good as its few trials leave possible."""
-        agreement, (start, step) = self.learned[exit].agreement, self._line(place, exit)
-        doubt = 0.5 / math.sqrt(agreement.first.tried + agreement.later.tried + 1.0)
-        rate = min((agreement.first.value + agreement.later.value) / 2 + doubt, 0.98)
+        agreement, (start, step) = self.learned[exit].agreement, self.places.line(place, exit)
+        rate = min((agreement.first.value + agreement.later.value) / 2 + agreement.doubt, 0.98)
         return max(
             (1 - rate ** (k + 1)) / (1 - rate) / (start + k * step) for k in {1, min(self.tokens, 4), self.tokens}
         )
-
-    # -- seconds
-
-    def _place(self, rows: int) -> Place:
-        kind = bucket(rows)
-        if kind not in self.places:
-            near = self._near(kind)
-            # what is recommended, or did well with another number of rows, is taken at its word for a few rounds
-            exit = near.exit if near is not None else self.start or PLAIN
-            self.places[kind] = Place(exit, next_plain=5 if near is None else 2)
-        return self.places[kind]
-
-    def _near(self, kind: int) -> Place | None:
-        """The measured place whose number of rows is the nearest."""
-        known = {rows: place for rows, place in self.places.items() if place.measured and rows != kind}
-        return known[min(known, key=lambda rows: abs(math.log2(rows / kind)))] if known else None
 
     def _token(self, place: Place, rows: int) -> float | None:
         """Seconds of an emitted token, over all rows."""
@@ -278,35 +291,3 @@ class Online:
         if not place.measured and place.step is None:
             return None
         return 1.0 / (rows * self._fastest(place, [place.exit], plain=False).rate)
-
-    def _usual(self, place: Place, exit: int, tokens: int) -> float | None:
-        """What a round takes that does not look."""
-        if exit == PLAIN:
-            return place.step
-        if exit not in place.paces:
-            return None
-        start, step = self._line(place, exit)
-        return start + step * tokens
-
-    def _line(self, place: Place, exit: int) -> tuple[float, float]:
-        """(seconds of a round, and of each drafted token more) of an exit: as measured, else from the nearest exit that
-        was, else from what a plain round takes."""
-        if exit in place.paces:
-            pace = place.paces[exit]
-            return pace.start, pace.step
-        if place.measured:
-            near = min(place.measured, key=lambda e: abs(e - exit))
-            pace = place.paces[near]
-            below = (exit + self.head) / (near + self.head)
-            above = (self.depth - exit + self.head) / (self.depth - near + self.head)
-            return (
-                pace.draft.start * below + pace.verify.start * above,
-                pace.draft.slope * below + pace.verify.slope * above,
-            )
-        if place.step is None:
-            for other in self.places.values():
-                if other is not place and other.measured:
-                    return self._line(other, exit)
-        layer = (place.step or 1.0) / (self.depth + self.head)
-        verify = (self.depth - exit + self.head) * layer
-        return exit * layer + verify, (exit + self.head) * layer + ROW * verify

@@ -11,7 +11,8 @@ import random
 import threading
 from collections import defaultdict
 
-from layerskip.decode.controllers.fixed import Length, check_tokens
+from layerskip.decode.controllers.controller import Plan
+from layerskip.decode.controllers.fixed import check_tokens
 from layerskip.decode.controllers.learned import trials
 from layerskip.decode.controllers.seconds import Pace, bucket
 from layerskip.decode.draft import Draft, Outcome
@@ -61,13 +62,13 @@ class Thompson:
         self._paces: dict[int, Pace] = defaultdict(Pace)
         self._lock = threading.Lock()
 
-    def plan(self, rows: int) -> Length:
+    def plan(self, rows: int) -> Plan:
         """A length that fits one draw."""
         with self._lock:
             rate = self._random.betavariate(self.kept, self.lost)
             pace = self._paces[bucket(rows)]
             start, step = (pace.start, pace.step) if pace.count else (1.0, 0.25)  # a draft step beside a verification
-            return Length(best_length(rate, start=start, step=step, most=self.tokens))
+            return Plan(best_length(rate, start=start, step=step, most=self.tokens))
 
     def learn(self, draft: Draft, outcome: Outcome) -> None:
         """Counts trials and seconds."""

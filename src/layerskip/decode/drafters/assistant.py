@@ -89,7 +89,7 @@ class Assistant:
         chain = draw_chain(rows, tokens, self.controller.plan(len(rows.ids)), step=step)
         for key, ids, tail in zip(rows.keys, rows.ids, chain.tokens[:, :-1].tolist(), strict=True):
             self._pool.hold(self._rows[key], ids + tail, depth=self.decoder.shape.layers)
-        return Draft(chain.tokens, proposals=chain.proposals, lengths=chain.lengths, confidence=chain.confidence)
+        return chain
 
     def observe(self, rows: Rows, draft: Draft, outcome: Outcome) -> None:
         """Tells the controller what became of the draft."""

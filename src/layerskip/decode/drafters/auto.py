@@ -23,9 +23,8 @@ from layerskip.decode.controllers.online import Online
 from layerskip.decode.draft import Draft, Outcome, Rows
 from layerskip.decode.drafters.cascade import copying_pays
 from layerskip.decode.drafters.copies import Copies, Copy
-from layerskip.decode.drafters.early_exit import draft_at, run_on
+from layerskip.decode.drafters.early_exit import draft_at, heads, run_on
 from layerskip.decode.drafters.lookup import Lookup
-from layerskip.decode.drafters.shortlist import narrowed
 from layerskip.decode.randomness import Purpose
 from layerskip.decode.sampling import draw
 from layerskip.errors import RequestError, check_number, check_whole
@@ -83,10 +82,12 @@ class Auto:
         vocabulary: N, propose only N tokens, the likeliest and those of the text, as in `EarlyExit`. Only where text is
             greedy: draws match the target's by their place in the whole vocabulary.
         ranked: tokens by frequency, for `vocabulary`.
+        head: "own", or "int8": draft through a copy of the head at 8 bits, as in `EarlyExit`.
         clock: seconds, for what choosing itself takes.
 
     Raises:
-        RequestError: tokens, exit or vocabulary below 1, a guess outside 0..1, or a ranking without a vocabulary.
+        RequestError: tokens, exit or vocabulary below 1, a guess outside 0..1, a ranking without a vocabulary, no such
+            head, or a vocabulary beside a head of 8 bits.
     """
 
     name = "auto"
@@ -101,6 +102,7 @@ class Auto:
         lookup: bool = True,
         vocabulary: int | None = None,
         ranked: Sequence[int] = (),
+        head: str = "own",
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.tokens = check_tokens(tokens)
@@ -113,7 +115,8 @@ class Auto:
             if not 0 <= guess <= 1:
                 raise RequestError(f"acceptance {guess} of exit {place} is not possible; use 0 to 1")
         self.exit, self.guesses = exit, dict(guesses or {})
-        self.vocabulary, self._heads = vocabulary, narrowed(vocabulary, ranked)
+        self.vocabulary, self.head = vocabulary, head
+        self._heads = heads(head, vocabulary, ranked)
         self.counts: dict[str, Count] = {}
         self.choosing = 0.0
         self._copies = Copies(Lookup(tokens=tokens)) if lookup else None
@@ -126,7 +129,7 @@ class Auto:
         """Serves every decoder: one without an earlier exit is decoded plainly, or with copies.
 
         Raises:
-            RequestError: a draft vocabulary that leaves nothing out.
+            RequestError: a draft vocabulary that leaves nothing out, or a head that this decoder cannot have.
         """
         if self._heads is not None:
             self._heads.check(decoder)
@@ -137,20 +140,21 @@ class Auto:
         with self._lock:
             mind = self._mind(rows)
             decision = mind.decide(count)
-            found = self._copies.find(rows, tokens) if self._copies is not None else []
-            copies = self._copying_pays(mind, decision, found)
-            course = mind.course(decision, rows=count) if decision.exit != PLAIN else None
+            found = self._copies.find(rows, tokens) if self._copies is not None and decision.watched else []
+            copies = bool(found) and self._copying_pays(mind, decision, found)
         notes: dict[str, Any] = {"mind": mind, "found": found, "choosing": self._clock() - began}
         if copies:
             assert self._copies is not None
             draft = self._copies.draft(rows, found)
             return AutoDraft(**vars(draft), decision=decision, copies=True, **notes)
         states: dict[int, Tensor] = {}
-        head = self._heads.head(rows) if self._heads is not None and rows.law.greedy else None
+        # a list of tokens would move the others' places, by which draws match the target's
+        fits = rows.law.greedy or self.vocabulary is None
+        head = self._heads.head(rows) if self._heads is not None and fits else None
         predict = rows.decoder.logits if head is None else partial(head.logits, rows.decoder)
-        if course is not None:
+        if decision.exit != PLAIN:
             draft, states = draft_at(
-                rows, tokens, course, exit=decision.exit, taps=decision.taps, head=head, matched=True
+                rows, tokens, decision.plan, exit=decision.exit, taps=decision.taps, head=head, matched=True
             )
         elif decision.taps:
             hidden, depth = run_on(rows, rows.decoder.embed(rows.last), 0, decision.taps, states)
@@ -247,13 +251,19 @@ class Auto:
         if mind is None:
             mind = self._minds[shape, rows.exit] = Online(
                 rows.exit,
-                head=head_layers(shape) * (1 if self.vocabulary is None else self.vocabulary / shape.vocab),
+                head=head_layers(shape) * self._share(shape),
                 tokens=self.tokens,
                 start=self.exit,
                 guesses=self.guesses,
             )
         self._last = (shape, rows.exit, mind)
         return mind
+
+    def _share(self, shape: Shape) -> float:
+        """What the head that drafts weighs, as a share of the model's own."""
+        if self.head == "int8":
+            return 0.5  # of 16 bits; rounds are measured soon enough
+        return 1.0 if self.vocabulary is None else self.vocabulary / shape.vocab
 
     def _copying_pays(self, mind: Online, decision: Decision, found: Sequence[Copy]) -> bool:
         width = max((len(copy.tokens) for copy in found), default=0)
@@ -263,7 +273,7 @@ class Auto:
         return seconds is not None and copying_pays(self._copies.expected(found), _COPY * seconds, token=decision.token)
 
     def _learn(self, mind: Online, draft: AutoDraft, outcome: Outcome) -> None:
-        if self._copies is not None:
+        if self._copies is not None and draft.found:
             self._copies.learn(draft.found, outcome.emitted)
         if draft.copies:
             mind.learn_copy(draft, outcome)

@@ -3,59 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from layerskip.decode.controllers import Plan
-from layerskip.decode.draft import Rows
+from layerskip.decode.draft import Draft, Rows
 from layerskip.decode.randomness import Purpose
 from layerskip.decode.sampling import draw
 from layerskip.model.decoder import largest_probability
+from layerskip.model.stop import Ends
 
 
-@dataclass(frozen=True)
-class Chain:
-    """Drawn tokens (B, K), the law (B, V) each was drawn from (None where it was chosen), how many count (B,), and how
-    sure the drafter was of each (None where the plan did not ask)."""
-
-    tokens: Tensor
-    proposals: list[Tensor] | None
-    lengths: Tensor | None
-    confidence: list[list[float]] | None = None
-
-
-class Ends:
-    """Where the rows' drafts end: a row that its plan stops stays stopped.
-
-    Args:
-        plan: of the round.
-        rows: B.
-        count: the most tokens.
-    """
-
-    def __init__(self, plan: Plan, *, rows: int, count: int) -> None:
-        self._plan, self._lengths = plan, [count] * rows
-        self.confidence: list[list[float]] | None = [] if plan.confident else None
-
-    def __call__(self, confidence: list[float]) -> bool:
-        """Takes up how sure the drafter was of a token of each row; whether every row has stopped."""
-        assert self.confidence is not None
-        self.confidence.append(confidence)
-        drafted, stops = len(self.confidence), self._plan.stop(confidence)
-        self._lengths = [min(n, drafted) if stop else n for n, stop in zip(self._lengths, stops, strict=True)]
-        return max(self._lengths) <= drafted
-
-    def lengths(self, drafted: Tensor) -> Tensor | None:
-        """(B,) how many of the drafted tokens (B, K) count in each row; None where all do."""
-        ragged = min(self._lengths) < drafted.shape[1]
-        return torch.tensor(self._lengths, device=drafted.device) if ragged else None
+def ended(ends: Ends | None, drafted: Tensor) -> dict[str, Any]:
+    """How many of the drafted tokens (B, K) count in each row, (B,) or None where all do, and how sure the drafter was
+    of them, as a `Draft` has it."""
+    if ends is None:
+        return {}
+    ragged = min(ends.lengths) < drafted.shape[1]
+    lengths = torch.tensor(ends.lengths, device=drafted.device) if ragged else None
+    return {"lengths": lengths, "confidence": ends.confidence}
 
 
 def draw_chain(
     rows: Rows, tokens: int, plan: Plan, *, step: Callable[[Tensor, int], Tensor], matched: bool = False
-) -> Chain:
+) -> Draft:
     """Draws up to `tokens` tokens for every row, under the row's own law applied to the drafter's logits.
 
     Args:
@@ -69,7 +42,7 @@ def draw_chain(
     count = min(tokens, plan.length)
     numbers = rows.uniform(Purpose.TOKEN if matched else Purpose.DRAFT, count)
     token, drafted, proposals = rows.last, rows.last[:, :0], []
-    ends = Ends(plan, rows=len(rows.ids), count=count)
+    ends = None if plan.stop is None else Ends(plan.stop, rows=len(rows.ids), count=count)
     for i in range(count):
         logits = step(token, i)
         known = torch.ones(1, i, dtype=torch.bool, device=token.device)
@@ -78,8 +51,8 @@ def draw_chain(
         drafted = torch.cat((drafted, token), 1)
         if isinstance(law, Tensor):
             proposals.append(law[:, 0])
-        if plan.confident and ends(largest_probability(logits)):
+        if ends is not None and ends(largest_probability(logits)):
             break
     # a one-hot law chooses rather than draws: sample-and-match needs no law
     chosen = matched or rows.law.greedy
-    return Chain(drafted, None if chosen else proposals, ends.lengths(drafted), ends.confidence)
+    return Draft(drafted, proposals=None if chosen else proposals, **ended(ends, drafted))

@@ -7,6 +7,7 @@ layer processes a drafted position twice.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -14,12 +15,13 @@ from torch import Tensor
 
 from layerskip.decode.controllers import Controller, Plan, controller_for
 from layerskip.decode.draft import Draft, Outcome, Rows
-from layerskip.decode.drafters.chain import Ends, draw_chain
+from layerskip.decode.drafters.chain import draw_chain, ended
 from layerskip.decode.drafters.coarse import Coarse
 from layerskip.decode.drafters.shortlist import Narrowed, narrowed
 from layerskip.errors import RequestError, check_whole, suggest
 from layerskip.model.decoder import Decoder
 from layerskip.model.narrow import CoarseHead, NarrowHead
+from layerskip.model.stop import Ends
 
 HEADS = ("own", "int8")
 
@@ -65,12 +67,8 @@ class EarlyExit:
             raise RequestError(f"draft exit {exit} is not possible; use 1 or more layers")
         self.exit, self.confidence, self.length = exit, confidence, length
         self.controller: Controller = controller_for(tokens, confidence=confidence, length=length)
-        if head not in HEADS:
-            raise RequestError(f"unknown draft head {head!r}; use {', '.join(HEADS)}{suggest(head, HEADS)}")
-        if head == "int8" and vocabulary is not None:
-            raise RequestError("a draft vocabulary has a head of its own; leave it or the head of 8 bits out")
         self.vocabulary, self.head = vocabulary, head
-        self._heads: Narrowed | Coarse | None = Coarse() if head == "int8" else narrowed(vocabulary, ranked)
+        self._heads = heads(head, vocabulary, ranked)
 
     @property
     def tokens(self) -> int:
@@ -103,6 +101,19 @@ class EarlyExit:
         self.controller.learn(draft, outcome)
 
 
+def heads(head: str, vocabulary: int | None, ranked: Sequence[int]) -> Narrowed | Coarse | None:
+    """What an exit drafts through; None is the model's own head.
+
+    Raises:
+        RequestError: no such head, a vocabulary below 1 or beside a head of 8 bits, or a ranking without a vocabulary.
+    """
+    if head not in HEADS:
+        raise RequestError(f"unknown draft head {head!r}; use {', '.join(HEADS)}{suggest(head, HEADS)}")
+    if head == "int8" and vocabulary is not None:
+        raise RequestError("a draft vocabulary has a head of its own; leave it or the head of 8 bits out")
+    return Coarse() if head == "int8" else narrowed(vocabulary, ranked)
+
+
 def draft_at(
     rows: Rows,
     tokens: int,
@@ -133,8 +144,7 @@ def draft_at(
     decoder, states = rows.decoder, dict[int, Tensor]()
     if rows.law.largest and not any(tap < exit for tap in taps):
         count = min(tokens, plan.length)
-        ends = Ends(plan, rows=len(rows.ids), count=count)
-        stop = ends if plan.confident else None
+        ends = None if plan.stop is None else Ends(plan.stop, rows=len(rows.ids), count=count)
         drafted, hidden = decoder.draft(
             rows.last,
             rows.at,
@@ -143,14 +153,12 @@ def draft_at(
             count,
             rows=rows.index,
             limit=rows.longest,
-            stop=stop,
+            ends=ends,
             head=None if head is None else head.head,
             names=None if head is None else head.names,
         )
         hidden, depth = run_on(rows, hidden, exit, taps, states)
-        return Draft(
-            drafted, lengths=ends.lengths(drafted), hidden=hidden, depth=depth, confidence=ends.confidence
-        ), states
+        return Draft(drafted, hidden=hidden, depth=depth, **ended(ends, drafted)), states
     predict = decoder.logits if head is None else partial(head.logits, decoder)
     stations = [*(tap for tap in taps if tap < exit), exit]
     passed: dict[int, list[Tensor]] = {station: [] for station in stations}
@@ -167,15 +175,7 @@ def draft_at(
     run(chain.tokens[:, -1:], chain.tokens.shape[1])
     states = {station: torch.cat(parts, 1) for station, parts in passed.items()}
     hidden, depth = run_on(rows, states.pop(exit), exit, [tap for tap in taps if tap > exit], states)
-    draft = Draft(
-        chain.tokens,
-        proposals=chain.proposals,
-        lengths=chain.lengths,
-        hidden=hidden,
-        depth=depth,
-        confidence=chain.confidence,
-    )
-    return draft, states
+    return replace(chain, hidden=hidden, depth=depth), states
 
 
 def run_on(

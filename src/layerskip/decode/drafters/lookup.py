@@ -33,9 +33,11 @@ class NgramIndex:
 
     def extend(self, ids: Sequence[int]) -> None:
         """Indexes what `ids` added since the last call: every n-gram that something follows."""
-        for end in range(max(self.known, 1), len(ids)):
-            for n in range(1, min(self.longest, end) + 1):
-                self.ends[tuple(ids[end - n : end])] = end
+        for n in range(1, self.longest + 1):
+            first, last = max(self.known, n), len(ids)
+            if first < last:
+                grams = zip(*(ids[first - n + i : last - n + i] for i in range(n)), strict=True)
+                self.ends.update(zip(grams, range(first, last), strict=True))
         self.known = len(ids)
 
     def after(self, ids: Sequence[int], count: int, *, source: Sequence[int] | None = None) -> list[int]:

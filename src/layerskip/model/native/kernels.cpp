@@ -53,17 +53,19 @@ void layerskip_predict(const Model* model, const Linear* head, const float* norm
 
 // Drafts up to `count` tokens for every row, the likeliest at `exit` each time, and says how many: `tokens`
 // (count + 1, B), of which the first B are given, and `states` (count + 1, B, D) of all of them at the exit. `head` is that
-// of `predicts`, a model of its own vocabulary and format; `names` are the tokens that its outputs mean, or null.
+// of `predicts`, a model of its own vocabulary and format; `names` are the tokens that its outputs mean, or null. With a
+// `stop` the draft may end earlier, and `sure` (count, B) are the probabilities of its tokens.
 int32_t layerskip_draft(const Model* model, const Layer* layers, int32_t exit, const Model* predicts, const Linear* head,
                         const int64_t* names, const float* norm, const Table* table, const Call* call, void* const* keys,
-                        void* const* values, int32_t count, Stop stop, int64_t* tokens, float* states) {
+                        void* const* values, int32_t count, const Stop* stop, int64_t* tokens, float* states,
+                        float* sure) {
     auto predicted = [&](const float* hidden, int positions, float* logits) {
         layerskip_predict(predicts, head, norm, hidden, positions, logits, call->threads);
     };
     return typed(model->format, [&](auto types) {
         typedef decltype(types) T;
         return draft<typename T::W, typename T::X>(*model, layers, exit, predicts->vocab, names, *table, *call, keys, values,
-                                                  count, stop, tokens, states, predicted);
+                                                  count, stop, tokens, states, sure, predicted);
     });
 }
 

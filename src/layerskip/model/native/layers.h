@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <algorithm>
+
 #include "attention.h"
 #include "quantised.h"
 
@@ -165,19 +167,32 @@ int64_t largest(const float* x, int count, float* probability) {
     return 0;  // none is a number: what follows does not matter
 }
 
+// How `reach` (B,) changes by what was drafted so surely; whether that ends the draft.
+inline bool over(const Stop& stop, const float* sure, int rows, double* reach) {
+    double sum = 0;
+    for (int b = 0; b < rows; b++) {
+        const double* above = std::upper_bound(stop.edges, stop.edges + stop.count, double(sure[b]));
+        reach[b] *= std::isnan(sure[b]) ? 0 : stop.factors[above - stop.edges];
+        sum += reach[b];
+    }
+    return sum < stop.least;
+}
+
 // Up to `count` tokens a row, each the likeliest after the one before it at `exit`; how many. `tokens` (count + 1, B)
 // begins with the last known ones; `states` (count + 1, B, D) are those of all of them at the exit. `predict` gives a
-// row's logits of `outputs` tokens; output n means token names[n], or n without names.
+// row's logits of `outputs` tokens; output n means token names[n], or n without names. With a `stop` the probabilities
+// of the drafted tokens are written to `sure` (count, B).
 template <class W, class X, class Predict>
 int draft(const Model& model, const Layer* layers, int exit, int outputs, const int64_t* names, const Table& table,
-          Call call, void* const* keys, void* const* values, int count, Stop stop, int64_t* tokens, float* states,
-          Predict predict) {
+          Call call, void* const* keys, void* const* values, int count, const Stop* stop, int64_t* tokens, float* states,
+          float* sure, Predict predict) {
     const int rows = call.rows;
     int64_t* at = room<int64_t, 9>(rows);
     float* logits = room<float, 10>(size_t(rows) * outputs);
     std::memcpy(at, call.at, rows * sizeof(int64_t));
     call.at = at;
-    float* sure = stop ? room<float, 11>(rows) : nullptr;
+    double* reach = room<double, 11>(rows);
+    std::fill(reach, reach + rows, 1.0);
     for (int i = 0;; i++) {
         float* hidden = states + size_t(i) * rows * model.width;
         const int64_t* last = tokens + size_t(i) * rows;
@@ -187,11 +202,12 @@ int draft(const Model& model, const Layer* layers, int exit, int outputs, const 
         if (i == count) return count;
         predict(hidden, rows, logits);
         for (int b = 0; b < rows; b++) {
-            const int64_t best = largest(logits + size_t(b) * outputs, outputs, sure ? sure + b : nullptr);
+            float* probability = stop ? sure + size_t(i) * rows + b : nullptr;
+            const int64_t best = largest(logits + size_t(b) * outputs, outputs, probability);
             tokens[size_t(i + 1) * rows + b] = names ? names[best] : best;
             at[b]++;
         }
-        if (stop && stop(sure)) count = i + 1;
+        if (stop && over(*stop, sure + size_t(i) * rows, rows, reach)) count = i + 1;
         call.limit += call.limit < call.spare;
     }
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from ctypes import CFUNCTYPE, POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
+from ctypes import Structure, addressof, byref, c_double, c_float, c_int32, c_int64, c_void_p
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from layerskip.model.cache import Cache, RowIndex
 from layerskip.model.native.blocks import Blocks
 from layerskip.model.native.build import library
 from layerskip.model.shape import Shape
+from layerskip.model.stop import Ends
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 QUANTISED = {None: 0, 8: 2, 4: 4}  # on top, by the bits of a weight; then FORMATS is that of the cache
@@ -48,7 +49,7 @@ _CALL = _struct(
     **dict.fromkeys(("cosines", "sines", "mask", "placed"), c_void_p),
 )
 
-_STOP = CFUNCTYPE(c_int32, POINTER(c_float))
+_STOP = _struct("Stop", edges=c_void_p, factors=c_void_p, count=c_int32, least=c_double)
 
 
 class Native:
@@ -119,7 +120,7 @@ class Native:
         *,
         rows: RowIndex,
         limit: int,
-        stop: Callable[[list[float]], bool] | None,
+        ends: Ends | None,
         head: nn.Module,
         names: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
@@ -128,7 +129,8 @@ class Native:
         drafted = torch.empty(count + 1, tokens.shape[0], dtype=torch.long)
         drafted[0] = tokens[:, 0]
         states = torch.empty(count + 1, tokens.shape[0], self._shape.width, dtype=torch.float32)
-        with self._call(at, cache, rows=rows, slots=None, mask=None, limit=limit) as call:
+        sure = torch.empty(count if ends is not None else 0, tokens.shape[0], dtype=torch.float32)
+        with self._call(at, cache, rows=rows, slots=None, mask=None, limit=limit) as call, _stop(ends) as stop:
             done = self._library.layerskip_draft(
                 byref(self._model),
                 self._layers,
@@ -141,10 +143,14 @@ class Native:
                 call,
                 *cache.addresses(),
                 count,
-                _STOP(0) if stop is None else _STOP(lambda sure: stop(sure[: len(tokens)])),
+                stop,
                 c_void_p(drafted.data_ptr()),
                 c_void_p(states.data_ptr()),
+                c_void_p(sure.data_ptr()),
             )
+        if ends is not None:
+            for confidence in sure[:done].tolist():
+                ends(confidence)
         return drafted[1 : done + 1].T, states[: done + 1].transpose(0, 1)
 
     @contextmanager
@@ -219,6 +225,16 @@ class Native:
         """The address of the same numbers as float32."""
         self._kept.append(tensor.detach().float().contiguous())
         return self._kept[-1].data_ptr()
+
+
+@contextmanager
+def _stop(ends: Ends | None) -> Iterator[Any]:
+    """Where a draft ends, as long as the context."""
+    if ends is None:
+        yield None
+        return
+    edges, factors = ((c_double * len(numbers))(*numbers) for numbers in (ends.rule.edges, ends.rule.factors))
+    yield byref(_STOP(addressof(edges), addressof(factors), len(edges), ends.rule.least))
 
 
 def _rows(rows: RowIndex, count: int, cache: Cache) -> tuple[int, Tensor | None]:

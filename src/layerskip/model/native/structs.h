@@ -42,4 +42,8 @@ struct Call {
     const int64_t* placed;                    // (rows of the cache, spare + 1) the position each slot holds
 };
 
-typedef int32_t (*Stop)(const float* probabilities);  // (B,) of the tokens just drafted: whether they are the last
+struct Stop {  // where a draft ends: each row's reach is multiplied by the factor of its probability's range
+    const double *edges, *factors;  // (count,) between the ranges, (count + 1)
+    int32_t count;
+    double least;  // sum of reaches below which nobody goes on
+};
