@@ -214,9 +214,9 @@ def test_it_gives_up_comes_back_and_says_so(
         return {name: count.rounds - before.get(name, 0) for name, count in drafter.counts.items()}
 
     hostile = decode(never, 5)
-    assert hostile["plain"] > 0.8 * sum(hostile.values()), hostile
+    assert hostile["plain"] > 0.7 * sum(hostile.values()), hostile
     assert drafter.choice == "plain"
-    assert "plain in 9" in drafter.line()
+    assert "auto: plain in " in drafter.line()
     decode(always, 6)
     friendly = decode(always, 2)
     assert friendly.get("plain", 0) <= 6, friendly  # the last token of a text is never drafted for
