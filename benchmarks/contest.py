@@ -169,7 +169,8 @@ def start(
     skipped: dict[str, str] = {}
     loaded: dict[str, Any] = {}
     for name in names:
-        reason = peer(name).available()
+        engine = peer(name)
+        reason = engine.available() or (None if dtype in engine.dtypes else f"not measured with weights of {dtype}")
         if reason is None:
             say(f"loading {name}")
             try:

@@ -24,7 +24,7 @@ import torch
 from benchmarks.agreement import RECORD, Wanted, make
 from benchmarks.contest import Contest, Way, start
 from benchmarks.figures import summary, versions
-from benchmarks.peers import OWN, PEERS, Draft
+from benchmarks.peers import FLOATS, OWN, PEERS, QUANTISED, Draft
 from benchmarks.questions import questions
 from benchmarks.table import write_table
 from benchmarks.weights import SIZES
@@ -39,6 +39,7 @@ from layerskip.model.shape import Shape
 from layerskip.pretrained import embedded
 
 SHIPPED = "shipped"
+QUANTISED_BYTES = 1 + 2 / 32  # of a weight, with its share of a scale
 UTTERANCES = Path(__file__).parent / "utterances.txt"
 
 
@@ -47,7 +48,7 @@ class Settings:
     """How a checkpoint is measured.
 
     Args:
-        dtype: element type all engines compute in.
+        dtype: element type of all engines' weights, which they compute in if it is not int8.
         threads: of each engine.
         pairs: rounds.
         prompts: of a round, each once by every way.
@@ -175,7 +176,7 @@ def head(name: str, folder: Path, settings: Settings) -> dict[str, Any]:
             "dtype": settings.dtype,
             # an embedding is looked up, a tied one is read as the head
             "step_bytes": (parts["total"] - (0 if shape.tied else parts["embedding"]))
-            * getattr(torch, settings.dtype).itemsize,
+            * (QUANTISED_BYTES if settings.dtype == QUANTISED else getattr(torch, settings.dtype).itemsize),
         },
         "controlled": json.loads(made.read_text(encoding="utf-8")) if made.is_file() else None,
         "settings": settings.record(),
@@ -208,7 +209,7 @@ def main() -> None:
     """Measures what the command line names, and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", nargs="+", help=f"{', '.join(SIZES)}, {SHIPPED} or a folder")
-    parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=["bfloat16", "float32"])
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=[*FLOATS, QUANTISED])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--items", type=int, default=4, help="prompts of a round")

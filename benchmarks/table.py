@@ -71,6 +71,11 @@ TARGETS = {
         Target("early exit", OWN, "plain", {"shipped": (1.9, 2.4)}),
     ],
 }
+TARGETS["int8"] = [
+    Target("early exit", "llama.cpp", "plain", {"110m": (1, 1.3), "1.2b": (1, 1.3)}),
+    Target("early exit", OWN, "plain", {}),
+    Target("auto", OWN, "early exit", {}),
+]
 BANDWIDTH = {"bfloat16": {"110m": (0.4, 0.5), "1.2b": (0.75, 0.9)}}
 
 

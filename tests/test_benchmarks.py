@@ -202,6 +202,11 @@ def test_ratios_are_of_the_same_round(measured: tuple[Path, dict[str, Any]]) -> 
     assert len(record["bandwidth_share"]["runs"]) == 2
 
 
+def test_an_engine_without_such_weights_is_skipped(made: Path, tmp_path: Path) -> None:
+    found = contest.start(["transformers"], made, dtype="int8", threads=1, work=tmp_path, say=quiet)
+    assert found == ({}, {"transformers": "not measured with weights of int8"}, {})
+
+
 def test_a_run_goes_on_after_its_last_round(made: Path, measured: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     folder, record = measured
     name = "side-by-side-tiny-float32.json"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks.peers.peer import Draft, Peer, PeerRun
+from benchmarks.peers.peer import FLOATS, QUANTISED, Draft, Peer, PeerRun
 
-__all__ = ["OWN", "PEERS", "Draft", "Peer", "PeerRun", "peer"]
+__all__ = ["FLOATS", "OWN", "PEERS", "QUANTISED", "Draft", "Peer", "PeerRun", "peer"]
 
 OWN = "layerskip"
 PEERS = (OWN, "transformers", "llama.cpp", "openvino-genai")

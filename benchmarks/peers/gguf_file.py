@@ -47,12 +47,13 @@ def write_gguf(folder: Path, path: Path, *, dtype: str) -> None:
         folder: of a Llama checkpoint with plain rotary positions, its weights in one file, and a byte-level BPE
             tokenizer.json.
         path: of the file.
-        dtype: "float32", "bfloat16" or "float16".
+        dtype: "float32", "bfloat16", "float16" or "int8", which is Q8_0.
 
     Raises:
         RequestError: another architecture, or other rotary positions.
     """
     from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
+    from gguf.quants import quantize
     from safetensors import safe_open
 
     shape = Shape.from_config(read_config(folder))
@@ -67,6 +68,7 @@ def write_gguf(folder: Path, path: Path, *, dtype: str) -> None:
         "float32": LlamaFileType.ALL_F32,
         "float16": LlamaFileType.MOSTLY_F16,
         "bfloat16": LlamaFileType.MOSTLY_BF16,
+        "int8": LlamaFileType.MOSTLY_Q8_0,
     }
     writer.add_file_type(kinds[dtype])
     _write_shape(writer, shape)
@@ -78,6 +80,9 @@ def write_gguf(folder: Path, path: Path, *, dtype: str) -> None:
                 writer.add_tensor(_renamed(name), tensor.float().numpy())
             elif dtype == "float16":
                 writer.add_tensor(_renamed(name), tensor.half().numpy())
+            elif dtype == "int8":
+                bits = quantize(tensor.float().numpy(), GGMLQuantizationType.Q8_0)
+                writer.add_tensor(_renamed(name), bits, raw_dtype=GGMLQuantizationType.Q8_0)
             else:
                 # numpy has no bfloat16: its bytes, with the type beside them
                 raw = tensor.bfloat16().view(torch.uint8).numpy()

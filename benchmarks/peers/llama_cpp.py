@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.gguf_file import gguf_path, write_gguf
-from benchmarks.peers.peer import Draft, PeerRun, missing
+from benchmarks.peers.peer import FLOATS, QUANTISED, Draft, PeerRun, missing
 
 _FLOAT32 = 0  # GGML_TYPE_F32
 _NO_FLASH = 0  # LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -22,6 +22,7 @@ class LlamaCpp:
     """One model with one context on the CPU."""
 
     package = "llama-cpp-python"
+    dtypes = (*FLOATS, QUANTISED)
 
     def __init__(self) -> None:
         self._library: Any = None

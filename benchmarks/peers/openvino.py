@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.gguf_file import gguf_path, write_gguf
-from benchmarks.peers.peer import Draft, PeerRun, missing
+from benchmarks.peers.peer import FLOATS, Draft, PeerRun, missing
 
 _PRECISION = {"float32": "f32", "bfloat16": "bf16"}
 _STORED = "float16"
@@ -24,6 +24,7 @@ class OpenVino:
     """`LLMPipeline` on the CPU."""
 
     package = "openvino-genai"
+    dtypes = FLOATS
 
     def __init__(self) -> None:
         self._pipeline: Any = None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.peers.peer import Draft, PeerRun, missing
+from benchmarks.peers.peer import FLOATS, QUANTISED, Draft, PeerRun, missing
 from layerskip.decode.draft import Drafter
 from layerskip.decode.drafters import Auto, EarlyExit
 from layerskip.decode.drafters.shortlist import fitting
@@ -20,6 +20,7 @@ class Own:
     """`LLM.stream`; every run begins with an empty cache. Drafters stay, with what they learnt, as in a program."""
 
     package = "layerskip"
+    dtypes = (*FLOATS, QUANTISED)
 
     def __init__(self) -> None:
         self._llm: LLM | None = None
@@ -36,7 +37,10 @@ class Own:
     def load(self, folder: Path, *, dtype: str, threads: int, work: Path) -> None:
         """Loads the folder."""
         torch.set_num_threads(threads)
-        self._llm = load(folder, dtype=dtype, device="cpu", max_batch=1)
+        if dtype == QUANTISED:
+            self._llm = load(folder, dtype="bfloat16", weights=QUANTISED, device="cpu", max_batch=1)
+        else:
+            self._llm = load(folder, dtype=dtype, device="cpu", max_batch=1)
 
     def drafts(self, *, exit: int, tokens: Sequence[int]) -> list[Draft]:
         """Every number of tokens, through the own head; where a shortlist leaves most out, through that one as well,

@@ -62,11 +62,20 @@ class PeerRun:
     rounds: int
 
 
+FLOATS = ("bfloat16", "float32")
+QUANTISED = "int8"
+"""Weights of 8 bits and a scale for every 32 of them, which each engine makes from the folder's; keys, values and norms
+are as it keeps them beside bfloat16."""
+
+
 class Peer(Protocol):
     """An engine, in a process of its own."""
 
     package: str
     """That it comes with, as pip knows it."""
+
+    dtypes: tuple[str, ...]
+    """Element types of weights that it is measured with."""
 
     def available(self) -> str | None:
         """None where it can be used, else the reason why not."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks.peers.peer import Draft, PeerRun, missing
+from benchmarks.peers.peer import FLOATS, Draft, PeerRun, missing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,6 +40,7 @@ class Transformers:
     """A `LlamaForCausalLM` in eager mode with its default attention."""
 
     package = "transformers"
+    dtypes = FLOATS
 
     def __init__(self) -> None:
         self._model: PreTrainedModel | None = None

@@ -214,7 +214,11 @@ class Online:
         spent, step = place.spent, place.step
         if spent.count >= _SETTLED:
             place.trial, place.doubted, place.wait = False, False, WAIT
-        if step is None or spent.count < (2 * _TRIAL if place.doubted else _TRIAL) or spent.token * rows <= _LEAVE * step:
+        if (
+            step is None
+            or spent.count < (2 * _TRIAL if place.doubted else _TRIAL)
+            or spent.token * rows <= _LEAVE * step
+        ):
             return
         if not place.trial and not place.doubted:
             place.doubt()
