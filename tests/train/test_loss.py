@@ -137,19 +137,21 @@ def test_the_mean_does_not_depend_on_accumulation_or_padding(causal: Callable[..
         assert_close({name: p.grad for name, p in model.named_parameters()}, whole)
 
 
-def test_an_anchor_pulls_the_last_layer_to_the_reference(causal: Callable[..., Any]) -> None:
-    model, reference, inputs = causal("llama"), causal("llama", seed=1), batch()
-    with EarlyExits(model, teachers=Teachers(anchor=2.0), reference=reference, chunk=5) as exits:
+@pytest.mark.parametrize("seeds", [[1], [1, 2, 3]])
+def test_an_anchor_pulls_the_last_layer_to_the_references(causal: Callable[..., Any], seeds: list[int]) -> None:
+    model, references, inputs = causal("llama"), [causal("llama", seed=seed) for seed in seeds], batch()
+    with EarlyExits(model, teachers=Teachers(anchor=2.0), references=references, chunk=5) as exits:
         exits.begin(WEIGHTS)
         loss = model(**inputs).loss
     learnt = inputs["labels"][:, 1:] != -100
     with torch.no_grad():
-        ours, theirs = (m(input_ids=inputs["input_ids"]).logits[:, :-1][learnt] for m in (model, reference.eval()))
-    p, q = theirs.float().log_softmax(-1), ours.float().log_softmax(-1)
+        ours, *theirs = (m(input_ids=inputs["input_ids"]).logits[:, :-1][learnt] for m in (model, *references))
+    p = torch.stack([each.float().softmax(-1) for each in theirs]).mean(0).log()
+    q = ours.float().log_softmax(-1)
     anchor = 2.0 * (p.exp() * (p - q)).sum(-1).mean()
     expected = by_hand(model, inputs) + WEIGHTS[4] * anchor
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert all(parameter.grad is None for parameter in reference.parameters())
+    assert all(parameter.grad is None for reference in references for parameter in reference.parameters())
 
 
 def test_removed_it_leaves_no_trace(causal: Callable[..., Any], family: str) -> None:
@@ -206,7 +208,7 @@ def test_what_cannot_be_is_refused(causal: Callable[..., Any]) -> None:
     with pytest.raises(RequestError, match="an anchor needs a reference model"):
         EarlyExits(causal("llama"), teachers=Teachers(anchor=1.0))
     with pytest.raises(RequestError, match="the reference has 32 tokens and the model 61"):
-        EarlyExits(causal("llama"), teachers=Teachers(anchor=1.0), reference=causal("llama", vocab_size=32))
+        EarlyExits(causal("llama"), teachers=Teachers(anchor=1.0), references=[causal("llama", vocab_size=32)])
     from peft import LoraConfig, get_peft_model
 
     adapted = get_peft_model(causal("llama"), LoraConfig(target_modules=["q_proj", "lm_head"]))

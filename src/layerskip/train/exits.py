@@ -8,7 +8,7 @@ model's state: removed, it is the model it was.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +30,7 @@ class EarlyExits:
         model: the model, plain or wrapped.
         teachers: what the exits learn from beside the labels.
         chunk: tokens whose logits are held at a time; None holds one exit's.
-        reference: the anchor's reference model, frozen; needed where `teachers.anchor` is set.
+        references: the anchor's reference models, frozen; needed where `teachers.anchor` is set.
 
     Raises:
         RequestError: the model's layers, norm or head are not found, its head is adapted, or the reference is missing
@@ -43,7 +43,7 @@ class EarlyExits:
         *,
         teachers: Teachers = Teachers(),  # noqa: B008  # frozen
         chunk: int | None = None,
-        reference: nn.Module | None = None,
+        references: Sequence[nn.Module] = (),
     ) -> None:
         self.causal, self.parts = unwrap(model), parts(model)
         if head_is_adapted(self.parts):
@@ -51,13 +51,12 @@ class EarlyExits:
                 "the head is wrapped by an adapter (LoRA): all exits share one head, and with the adapter left out or "
                 "merged later they would not be the exits that were trained; leave the head out of its target modules"
             )
-        if teachers.anchor and reference is None:
+        if teachers.anchor and not references:
             raise RequestError("an anchor needs a reference model to stay close to; give one")
         self.layers = len(self.parts.layers)
         self.loss = ExitLoss(_norm(self.parts), self.parts.head, teachers=teachers, chunk=chunk)
-        self.reference = reference.eval().requires_grad_(False) if reference is not None else None
-        self._reference_parts = parts(reference) if reference is not None else None
-        self._check_reference()
+        self.references = [reference.eval().requires_grad_(False) for reference in references]
+        self._check_references()
         self.weights: Mapping[int, float] | None = None
         self._wanted: frozenset[int] = frozenset()
         self.by_exit: dict[int, Tensor] = {}
@@ -129,8 +128,7 @@ class EarlyExits:
                 labels,
                 weights=self.weights,
                 items=items,
-                reference=self._anchor(args, kwargs),
-                reference_head=self._reference_parts.head if self._reference_parts is not None else None,
+                references=self._anchors(args, kwargs),
             )
         finally:
             self._states = {}  # the graph keeps what it needs
@@ -172,21 +170,20 @@ class EarlyExits:
         """What runs the layers and the norm: the model without its head."""
         return self.causal.base_model if self.causal.base_model is not self.causal else self.parts.body
 
-    def _anchor(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        if self.reference is None or not self.loss.teachers.anchor:
-            return None
-        with torch.no_grad():
-            states: Tensor = unwrap(self.reference).base_model(*args, **{**kwargs, "use_cache": False})[0]
-        return states
+    @torch.no_grad()
+    def _anchors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Tensor, nn.Module]]:
+        if not self.loss.teachers.anchor:
+            return []
+        given = {**kwargs, "use_cache": False}
+        return [(unwrap(model).base_model(*args, **given)[0], parts(model).head) for model in self.references]
 
-    def _check_reference(self) -> None:
-        if self._reference_parts is None:
-            return
-        ours, theirs = self.causal.config.vocab_size, unwrap(self.reference).config.vocab_size  # type: ignore[arg-type]
-        if ours != theirs:
-            raise RequestError(
-                f"the reference has {theirs} tokens and the model {ours}; use a model of the same tokenizer"
-            )
+    def _check_references(self) -> None:
+        for reference in self.references:
+            ours, theirs = self.causal.config.vocab_size, unwrap(reference).config.vocab_size
+            if ours != theirs:
+                raise RequestError(
+                    f"the reference has {theirs} tokens and the model {ours}; use a model of the same tokenizer"
+                )
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ computed again in the backward pass. Sizes: B rows, T positions, N = B T tokens,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,7 @@ class Teachers:
     Args:
         distillation: share of an earlier exit's loss that is its divergence from the last layer's own, detached
             distribution.
-        anchor: weight of the last layer's divergence from a reference model's distribution, added to its loss.
+        anchor: weight of the last layer's divergence from the reference models' distribution, added to its loss.
 
     Raises:
         RequestError: distillation outside 0..1, or a negative anchor.
@@ -79,8 +80,7 @@ class ExitLoss:
         *,
         weights: Mapping[int, float],
         items: Tensor | int | None = None,
-        reference: Tensor | None = None,
-        reference_head: Project | None = None,
+        references: Sequence[tuple[Tensor, Project]] = (),
     ) -> ExitLosses:
         """The weighted sum of the exits' losses.
 
@@ -91,55 +91,55 @@ class ExitLoss:
             weights: exit -> weight, the last layer's included.
             items: learnt tokens of the whole (accumulated, data-parallel) batch, so that accumulation and padding do
                 not change the mean; None counts this batch's.
-            reference: (B, T, D) final states of the anchor's reference model.
-            reference_head: its head.
+            references: final states (B, T, D) of each of the anchor's reference models, and its head; the anchor is the
+                mean of their distributions.
         """
         targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:].reshape(-1)
         learnt = (targets != IGNORED).sum()
         count = learnt if items is None else items
         final, last = final.flatten(0, 1), max(weights)
-        anchor = reference.flatten(0, 1) if reference is not None else None
+        anchors, heads = [states.flatten(0, 1) for states, _ in references], [head for _, head in references]
         total, by_exit = torch.zeros((), device=targets.device), {}
         for exit, weight in weights.items():
             if exit == last:
                 parts = [
-                    self._run(self._last, h, t, r, reference_head)
-                    for h, t, r in self._chunks(targets, final, targets, anchor)
+                    self._run(self._last, h, t, heads, *anchor)
+                    for h, t, *anchor in self._chunks(targets, final, targets, *anchors)
                 ]
             else:
                 state = states[exit].flatten(0, 1)
                 parts = [
-                    self._run(self._early, h, t, f, None)
-                    for h, t, f in self._chunks(targets, state, targets, final.detach())
+                    self._run(self._early, h, t, f) for h, t, f in self._chunks(targets, state, targets, final.detach())
                 ]
             total = total + weight * (sum(loss for loss, _ in parts) / count)
             by_exit[exit] = torch.stack([entropy.detach() for _, entropy in parts]).sum() / learnt.clamp(min=1)
         return ExitLosses(total, by_exit)
 
-    def _chunks(self, targets: Tensor, *tensors: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
+    def _chunks(self, targets: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         if self.chunk is None:
             yield tensors
             return
         # ignored tokens cost no logits
         for piece in (targets != IGNORED).nonzero()[:, 0].split(self.chunk):
-            yield tuple(None if tensor is None else tensor[piece] for tensor in tensors)
+            yield tuple(tensor[piece] for tensor in tensors)
 
     def _run(self, part: Callable[..., tuple[Tensor, Tensor]], *inputs: object) -> tuple[Tensor, Tensor]:
         loss, entropy = checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)
         return loss, entropy
 
     def _last(
-        self, hidden: Tensor, targets: Tensor, reference: Tensor | None, reference_head: Project | None
+        self, hidden: Tensor, targets: Tensor, heads: Sequence[Project], *references: Tensor
     ) -> tuple[Tensor, Tensor]:
         logits = self.head(hidden).float()
         entropy = cross_entropy(logits, targets)
-        if reference is None or reference_head is None or not self.teachers.anchor:
+        if not references or not self.teachers.anchor:
             return entropy, entropy
         with torch.no_grad():
-            wanted = reference_head(reference).float().log_softmax(-1)
+            laws = [head(states).float().log_softmax(-1) for head, states in zip(heads, references, strict=True)]
+            wanted = laws[0] if len(laws) == 1 else torch.stack(laws).logsumexp(0) - math.log(len(laws))
         return entropy + self.teachers.anchor * divergence(wanted, logits, targets), entropy
 
-    def _early(self, hidden: Tensor, targets: Tensor, final: Tensor, _: None) -> tuple[Tensor, Tensor]:
+    def _early(self, hidden: Tensor, targets: Tensor, final: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.head(self.norm(hidden)).float()
         entropy = cross_entropy(logits, targets)
         share = self.teachers.distillation

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -47,7 +48,7 @@ class LayerSkipConfig(TrainingArguments):
         exit_scale: e_scale, how much earlier exits count.
         distillation: share of an earlier exit's loss that is its divergence from the last layer's own distribution.
         anchor: weight of the last layer's divergence from `reference`.
-        reference: checkpoint of the anchor's reference model.
+        reference: checkpoint of the anchor's reference model, or several, whose distributions are averaged.
         loss_chunk: tokens whose logits are held at a time; 0 holds one exit's whole logits.
         hidden_dropout: chance that a number added to the states is left out, for families without such a setting.
         ema_decay: of the moving average of the weights, which is what is evaluated and saved; 0 is no average.
@@ -64,7 +65,9 @@ class LayerSkipConfig(TrainingArguments):
     exit_scale: float = field(default=0.2, metadata={"help": "e_scale, how much earlier exits count"})
     distillation: float = field(default=0.0, metadata={"help": "share of exit loss learnt from the last layer"})
     anchor: float = field(default=0.0, metadata={"help": "weight of the divergence from the reference"})
-    reference: str | None = field(default=None, metadata={"help": "checkpoint of the anchor's reference model"})
+    reference: str | list[str] | None = field(
+        default=None, metadata={"help": "checkpoint of the anchor's reference model, or several"}
+    )
     loss_chunk: int = field(default=4096, metadata={"help": "tokens whose logits are held at a time; 0 is all"})
     hidden_dropout: float = field(default=0.0, metadata={"help": "chance that a number added to the states is 0"})
     ema_decay: float = field(default=0.0, metadata={"help": "of the weights' moving average; 0 is no average"})
@@ -82,7 +85,7 @@ class LayerSkipTrainer(CompleteSaves, ShardedTrainer):
     `tokens_per_second` in training, and in evaluation loss, accuracy and agreement with the last layer at every exit.
 
     Args:
-        reference: the anchor's reference model; the checkpoint that `args.reference` names where None.
+        references: the anchor's reference models; the checkpoints that `args.reference` names where there are none.
 
     Raises:
         RequestError: a setting out of range for this model.
@@ -91,14 +94,15 @@ class LayerSkipTrainer(CompleteSaves, ShardedTrainer):
     args: LayerSkipConfig
 
     def __init__(
-        self, model: nn.Module, args: LayerSkipConfig, *, reference: nn.Module | None = None, **rest: Any
+        self, model: nn.Module, args: LayerSkipConfig, *, references: Sequence[nn.Module] = (), **rest: Any
     ) -> None:
         super().__init__(model=model, args=args, **rest)
-        if reference is None and args.anchor and args.reference:
-            reference = _reference(args)
+        if args.anchor and args.reference and not references:
+            names = [args.reference] if isinstance(args.reference, str) else args.reference
+            references = [_reference(name, args) for name in names]
         assert isinstance(self.model, nn.Module)
         inner = self.model
-        self.exits = EarlyExits(inner, teachers=args.teachers(), chunk=args.loss_chunk or None, reference=reference)
+        self.exits = EarlyExits(inner, teachers=args.teachers(), chunk=args.loss_chunk or None, references=references)
         self.layers = self.exits.layers
         check_curriculum(args.curriculum, layers=self.layers, period=args.rotation)
         self.dropout = LayerDropout(
@@ -344,13 +348,11 @@ class LayerSkipTrainer(CompleteSaves, ShardedTrainer):
             )
 
 
-def _reference(args: LayerSkipConfig) -> nn.Module:
-    """The anchor's reference model. Raises RequestError where it cannot be loaded."""
+def _reference(name: str, args: LayerSkipConfig) -> nn.Module:
+    """A reference model of the anchor. Raises RequestError where it cannot be loaded."""
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            str(args.reference), dtype=torch.float32, device_map={"": args.device}
-        )
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, device_map={"": args.device})
     except (OSError, ValueError) as error:
         reason, *_ = [*str(error).strip().splitlines(), type(error).__name__]
-        raise RequestError(f"the reference {args.reference} could not be loaded: {reason}") from error
+        raise RequestError(f"the reference {name} could not be loaded: {reason}") from error
     return model
