@@ -151,10 +151,10 @@ def test_a_few_lucky_looks_change_nothing() -> None:
     assert machine.run(mind, 100)[2] > 90
     for _ in range(60):
         mind.learned[3].agreement.add_text([True] * 6)
-    assert machine.run(mind, 100)[3] > 60
+    assert machine.run(mind, 100)[3] > 50
 
 
-def test_one_round_of_four_is_watched_until_tokens_get_dearer() -> None:
+def test_ever_fewer_rounds_are_watched_until_tokens_get_dearer() -> None:
     machine, mind = Machine(GOOD), online(start=2)
     machine.run(mind, 100)
 
@@ -166,7 +166,9 @@ def test_one_round_of_four_is_watched_until_tokens_get_dearer() -> None:
             found += decision.watched
         return found
 
-    assert watched(100) < 35
+    assert 10 < watched(100) < 35
+    machine.run(mind, 1000)
+    assert watched(100) < 10
     machine.rates = NEVER
     assert watched(40) > 20
 

@@ -22,7 +22,7 @@ _FADE = 0.96  # what an observation counts for after one more choice: nobody kno
 _SWITCH = 1.05  # how much faster another exit has to look
 _LEAVE, _RETURN = 1.02, 1.03  # how much slower than plain drafting has to be to end, and how much faster to begin anew
 _TRIAL, _SETTLED = 6, 40  # rounds of drafting until it is judged, and until it counts as won
-_STRIDE = 4  # rounds of which one is decided and learnt from, where nothing changes
+_REST, _MOST_REST = 3, 15  # rounds that repeat what is done, between two that are watched: at first, and at last
 _VARY = 1.25  # how differently such a round prices tokens
 _SURPRISE = 1.2  # how much dearer than it was tokens have to become for that to end
 _LONGEST_WAIT = 512  # plain rounds until drafting is tried again: doubled each time it does not pay
@@ -80,7 +80,9 @@ class Online:
         decision = self._decide(place, rows)
         exit, plan, token = decision.exit, decision.plan, decision.token
         if place.settled and exit == place.exit:
-            place.unwatched, place.routine = _STRIDE - 1, Decision(exit, plan, token=token, watched=False)
+            place.calm += 1
+            place.unwatched = min(_REST + place.calm // _EVERY, _MOST_REST)
+            place.routine = Decision(exit, plan, token=token, watched=False)
             if exit != PLAIN:
                 # a little longer and shorter in turn: among equal lengths nobody would see what a token costs
                 plan = plan.eager(_VARY if place.rounds // 2 % 2 else 1 / _VARY)
@@ -126,7 +128,7 @@ class Online:
             place.spent.add(emitted, seconds - (self._looked if decision.taps else 0.0))
         if not decision.watched:
             if decision.token is not None and place.spent.token > _SURPRISE * decision.token:
-                place.unwatched = 0
+                place.stir()
         elif decision.exit != PLAIN and count:
             self.learned[decision.exit].learn(draft, outcome)
             if not decision.taps:
@@ -141,7 +143,7 @@ class Online:
     def learn_copy(self, draft: Draft, outcome: Outcome) -> None:
         """Takes up a round that copied instead."""
         place = self.places.at(len(outcome.accepted))
-        place.unwatched = 0  # the next round may go on copying
+        place.stir()  # the next round may go on copying
         self.seconds += outcome.draft_seconds + outcome.verify_seconds
         pace = place.paces.setdefault(PLAIN, Pace(passes=False))
         pace.add(draft.tokens.shape[1], draft=outcome.draft_seconds, verify=outcome.verify_seconds)

@@ -35,7 +35,8 @@ class Place:
         self.rounds = 0
         self.waited, self.wait, self.trial, self.gave_up = 0, WAIT, False, False
         self.doubted, self.asked = False, 0  # whether drafting was seen to lose once; plain rounds to compare with it
-        self.unwatched, self.routine = 0, Decision(PLAIN)  # rounds to come that only repeat what is done, and that
+        self.routine = Decision(PLAIN)  # what unwatched rounds repeat
+        self.stir()
 
     @property
     def settled(self) -> bool:
@@ -54,6 +55,10 @@ class Place:
         """Exits whose rounds were measured."""
         return [exit for exit in self.paces if exit != PLAIN]
 
+    def stir(self) -> None:
+        """Something changes: the next rounds are watched more closely."""
+        self.unwatched, self.calm = 0, 0
+
     def took(self, seconds: float) -> None:
         """Takes up a plain round."""
         if self.asked == _ASKED:
@@ -64,7 +69,8 @@ class Place:
     def doubt(self) -> None:
         """Drafting seems to lose. Plain rounds may have been measured long ago, and the machine may be what changed:
         both are measured again, one after the other."""
-        self.doubted, self.asked, self.spent, self.unwatched = True, _ASKED, Spent(), 0
+        self.doubted, self.asked, self.spent = True, _ASKED, Spent()
+        self.stir()
 
     def forget(self) -> None:
         """What rounds that draft took."""
@@ -73,7 +79,8 @@ class Place:
     def use(self, exit: int, *, trial: bool = False) -> None:
         """Changes what the rounds do."""
         self.doubted, self.asked = False, 0
-        self.exit, self.trial, self.spent, self.waited, self.unwatched = exit, trial, Spent(), 0, 0
+        self.exit, self.trial, self.spent, self.waited = exit, trial, Spent(), 0
+        self.stir()
 
 
 class Places:
