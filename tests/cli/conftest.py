@@ -1,18 +1,23 @@
 """A tiny checkpoint with a chat template, and the command line called in this process."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
 from layerskip.cli import app
+from layerskip.decode import batch
+from layerskip.model.decoder import Decoder
 
 TEXT = [
     "Once upon a time there was a little girl who loved to play outside with her red ball.",
@@ -90,3 +95,51 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
         return CliRunner().invoke(app, [str(a) for a in arguments], input=input)
 
     return call
+
+
+@pytest.fixture
+def lucky(copy: Copy) -> Copy:
+    """A copy whose layers above the first add nothing: exit 1 always agrees."""
+
+    def make(name: str = "lucky", **config: Any) -> Path:
+        folder = copy(name, **config)
+        weights = load_file(folder / "model.safetensors")
+        for tensor_name, tensor in weights.items():
+            if "layers.0." not in tensor_name and tensor_name.endswith(("o_proj.weight", "down_proj.weight")):
+                weights[tensor_name] = torch.zeros_like(tensor)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that shows work: a layer takes a second whatever its positions, the head 4, a narrow one as its rows, one
+    of 8 bits 1. (A draft of the kernels is a single call, which shows its passes at once.)"""
+    now, calls = [0.0], itertools.count()
+    layers, head, drafting = Decoder.run, Decoder.predict, Decoder.draft
+
+    def run(self: Decoder, hidden: Any, at: Any, cache: Any, first: int = 0, last: Any = None, **how: Any) -> Any:
+        now[0] += (self.shape.layers if last is None else last) - first
+        return layers(self, hidden, at, cache, first, last, **how)
+
+    def predict(self: Decoder, hidden: Any, to: Any) -> Any:
+        out = head(self, hidden, to)
+        now[0] += (1 if getattr(to, "bits", None) else 4) * out.shape[-1] / self.shape.vocab
+        return out
+
+    def draft(
+        self: Decoder, tokens: Any, at: Any, cache: Any, exit: int, count: int, *, head: Any = None, **how: Any
+    ) -> Any:
+        out = drafting(self, tokens, at, cache, exit, count, head=head, **how)
+        if self.layout == "native":
+            drafted = out[0].shape[1]
+            now[0] += (drafted + 1) * exit + drafted * (1 if getattr(head, "bits", None) else 4)
+        return out
+
+    monkeypatch.setattr(Decoder, "run", run)
+    monkeypatch.setattr(Decoder, "predict", predict)
+    monkeypatch.setattr(Decoder, "draft", draft)
+    # no two rounds take exactly as long, as with a real clock
+    monkeypatch.setattr(batch, "time", SimpleNamespace(perf_counter=lambda: now[0] + 1e-12 * next(calls) ** 2))

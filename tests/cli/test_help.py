@@ -57,8 +57,8 @@ def test_every_option_has_help(command: str) -> None:
 
 
 OPTIONS = """
-    --file --model -m --draft --draft-tokens --draft-length --draft-vocabulary --draft-corpus --confidence --exit
-    --max-tokens --min-tokens --temperature --top-k --top-p --min-p --repetition-penalty --presence-penalty
+    --file --model -m --draft --draft-tokens --draft-length --draft-vocabulary --draft-head --draft-corpus --confidence
+    --exit --max-tokens --min-tokens --temperature --top-k --top-p --min-p --repetition-penalty --presence-penalty
     --frequency-penalty --logit-bias --ban --stop --ignore-eos --logprobs --seed -n --dtype --weights --compile
     --row-invariant --device --revision --compare --json --no-color --debug
 """

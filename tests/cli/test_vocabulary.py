@@ -1,6 +1,5 @@
 """`--draft-vocabulary` and `--draft-corpus`: on every command that drafts, found by tune, kept by a checkpoint."""
 
-import itertools
 import json
 from importlib.resources import files
 from pathlib import Path
@@ -9,11 +8,8 @@ from typing import Any
 
 import jsonschema
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 import layerskip
-from layerskip.decode import batch
 from layerskip.decode.drafters.shortlist import fitting
 from layerskip.evaluate.bench import bench
 from layerskip.evaluate.drafts import Setting
@@ -23,7 +19,6 @@ from layerskip.evaluate.ways import Way
 from layerskip.evaluate.weights import Weights
 from layerskip.llm import Recommended, recommend
 from layerskip.model.checkpoint import read_config
-from layerskip.model.decoder import Decoder
 
 TEXT = "the dog and the fox and the dog\n"
 
@@ -214,44 +209,14 @@ def test_what_is_kept_wrongly_is_refused(copy: Any, config: Any, ranked: str | N
 # --- tune
 
 
-@pytest.fixture
-def work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock that shows work: a layer takes a second whatever its positions, the head 4, a narrow one as its rows."""
-    now, calls = [0.0], itertools.count()
-    layers, head = Decoder.run, Decoder.predict
-
-    def run(self: Decoder, hidden: Any, at: Any, cache: Any, first: int = 0, last: Any = None, **how: Any) -> Any:
-        now[0] += (self.shape.layers if last is None else last) - first
-        return layers(self, hidden, at, cache, first, last, **how)
-
-    def predict(self: Decoder, hidden: Any, to: Any) -> Any:
-        out = head(self, hidden, to)
-        now[0] += 4 * out.shape[-1] / self.shape.vocab
-        return out
-
-    monkeypatch.setattr(Decoder, "run", run)
-    monkeypatch.setattr(Decoder, "predict", predict)
-    monkeypatch.setattr(batch, "time", SimpleNamespace(perf_counter=lambda: now[0] + 1e-12 * next(calls) ** 2))
-
-
-def lucky(folder: Path) -> Path:
-    """Layers above the first add nothing: exit 1 always agrees."""
-    weights = load_file(folder / "model.safetensors")
-    for name, tensor in weights.items():
-        if "layers.0." not in name and name.endswith(("o_proj.weight", "down_proj.weight")):
-            weights[name] = torch.zeros_like(tensor)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
 GRID = ("--exits", 1, "--draft-tokens", "2,4", "--confidence", "none", "--measure", 2)
 
 
 def test_tune_finds_the_size_and_the_checkpoint_keeps_it(
-    run: Any, base: tuple[Any, ...], copy: Any, work: None, tmp_path: Path
+    run: Any, base: tuple[Any, ...], lucky: Any, work: None, tmp_path: Path
 ) -> None:
     """With a corpus of what the model writes 40 tokens are nearly as good as all, and 2 are not."""
-    folder = lucky(copy())
+    folder = lucky()
     llm = layerskip.load(folder, dtype="float64", device="cpu")
     ids = [i for done in llm.generate(["the dog", "Once upon a time"], max_tokens=12) for i in done.tokens]
     corpus = tmp_path / "corpus.txt"
@@ -283,9 +248,9 @@ def test_tune_finds_the_size_and_the_checkpoint_keeps_it(
 
 
 def test_tune_leaves_the_head_whole_where_that_is_faster(
-    run: Any, base: tuple[Any, ...], copy: Any, work: None
+    run: Any, base: tuple[Any, ...], lucky: Any, work: None
 ) -> None:
-    folder = lucky(copy())
+    folder = lucky()
     record = last_line(run("tune", *base, folder, *GRID, "--draft-vocabulary", "1"))
     assert [each["gain"]["median"] < 1 for each in record["narrow"]] == [True]
     assert "vocabulary" not in record["recommended"]

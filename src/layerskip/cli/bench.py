@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from layerskip.cli.flags import ModelFlags, ShowFlags, label, vocabulary
+from layerskip.cli.flags import (
+    NARROW,
+    ModelFlags,
+    ShowFlags,
+    corpus_option,
+    head_option,
+    label,
+    refuse_options,
+    vocabulary,
+)
 from layerskip.cli.material import MaterialFlags
 from layerskip.cli.prompts import read_file
 from layerskip.cli.screen import Screen, write_json
@@ -61,12 +70,8 @@ class WayFlags:
             show_default=False,
         ),
     ] = None
-    draft_corpus: Annotated[
-        Path | None,
-        Option(
-            metavar="FILE", help="A text whose commonest tokens --draft-vocabulary takes first.", show_default=False
-        ),
-    ] = None
+    draft_head: Annotated[str | None, head_option(metavar="own|int8|auto[,..]")] = None
+    draft_corpus: Annotated[Path | None, corpus_option()] = None
     peers: Annotated[
         list[str],
         Option(
@@ -87,19 +92,23 @@ class WayFlags:
 
         counts = [None] if self.draft_tokens is None else whole_numbers("--draft-tokens", [self.draft_tokens])
         sizes = [None] if self.draft_vocabulary is None else [*map(vocabulary, self.draft_vocabulary.split(","))]
+        heads = [None] if self.draft_head is None else [word.strip() for word in self.draft_head.split(",")]
         ranked = None if self.draft_corpus is None else llm.rank(read_file(self.draft_corpus))
         found = [Way(PLAIN)]
         if self.exit is not None:
             exits = read_exits(self.exit, layers=llm.decoder.shape.layers)
             found += [Way(f"exit {exit}", exit=exit) for exit in exits]
         for words in self.drafts or ([] if self.exit else ["early-exit"]):
-            for count, size in product(counts, sizes):
+            for count, size, head in product(counts, sizes, heads):
+                if size and head == "int8" and 0 in sizes:
+                    continue  # that head has all tokens: it is a way of its own beside the sizes
                 drafter = llm.drafter(
                     words,
                     tokens=count,
                     confidence=self.confidence,
                     vocabulary=size,
                     ranked=None if size == 0 else ranked,
+                    head=head,
                 )
                 if drafter is not None:
                     # a checkpoint may recommend one
@@ -107,17 +116,7 @@ class WayFlags:
                     stops = "" if confidence is None else f" P={confidence:g}"
                     found.append(Way(label(words, drafter) + stops, drafter))
         if all(way.draft is None for way in found):
-            options = {
-                "--draft-tokens": self.draft_tokens,
-                "--confidence": self.confidence,
-                "--draft-vocabulary": self.draft_vocabulary,
-                "--draft-corpus": self.draft_corpus,
-            }
-            for name, value in options.items():
-                if value is not None:
-                    raise RequestError(
-                        f"{name} {value} needs a drafter; add --draft early-exit:E, say, or leave it out"
-                    )
+            refuse_options(self, "draft_tokens", "confidence", *NARROW)
         return found
 
 

@@ -24,11 +24,22 @@ if TYPE_CHECKING:
     from layerskip.decode.sampling import Sampling
     from layerskip.llm import LLM
 
+_DRAFT = "Drafting (changes speed only)"
 _model = partial(Option, rich_help_panel="Model")
-_draft = partial(Option, rich_help_panel="Drafting (changes speed only)")
+_draft = partial(Option, rich_help_panel=_DRAFT)
 _sampling = partial(Option, rich_help_panel="Sampling")
 _end = partial(Option, rich_help_panel="Ending")
 _show = partial(Option, rich_help_panel="Showing")
+
+head_option = partial(
+    Option,
+    help="What drafts predict through: int8, a copy of the head at 8 bits, for native weights and all tokens; own; or "
+    "auto, what the checkpoint recommends.",
+    show_default=False,
+)
+corpus_option = partial(
+    Option, metavar="FILE", help="A text whose commonest tokens a draft vocabulary takes first.", show_default=False
+)
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:
@@ -180,12 +191,8 @@ class DraftFlags:
             show_default=False,
         ),
     ] = None
-    draft_corpus: Annotated[
-        Path | None,
-        _draft(
-            metavar="FILE", help="A text whose commonest tokens --draft-vocabulary takes first.", show_default=False
-        ),
-    ] = None
+    draft_head: Annotated[str | None, head_option(metavar="own|int8|auto", rich_help_panel=_DRAFT)] = None
+    draft_corpus: Annotated[Path | None, corpus_option(rich_help_panel=_DRAFT)] = None
 
     @property
     def draft(self) -> str:
@@ -201,20 +208,10 @@ class DraftFlags:
             length=self.draft_length,
             vocabulary=None if self.draft_vocabulary is None else vocabulary(self.draft_vocabulary),
             ranked=None if self.draft_corpus is None else llm.rank(read_file(self.draft_corpus)),
+            head=self.draft_head,
         )
         if drafter is None:
-            options = {
-                "--draft-tokens": self.draft_tokens,
-                "--draft-length": self.draft_length,
-                "--confidence": self.confidence,
-                "--draft-vocabulary": self.draft_vocabulary,
-                "--draft-corpus": self.draft_corpus,
-            }
-            for name, value in options.items():
-                if value is not None:
-                    raise RequestError(
-                        f"{name} {value} needs a drafter; add --draft early-exit:E, say, or leave it out"
-                    )
+            refuse_options(self, "draft_tokens", "draft_length", "confidence", *NARROW)
         return drafter
 
     def or_auto(self, llm: LLM) -> DraftFlags:
@@ -309,6 +306,19 @@ class ShowFlags:
     ] = False
 
 
+NARROW = ("draft_vocabulary", "draft_head", "draft_corpus")
+"""Options for what drafts predict through."""
+
+
+def refuse_options(flags: object, *names: str) -> None:
+    """Raises RequestError, where nothing drafts, for the first of these options that was given."""
+    for name in names:
+        value = getattr(flags, name)
+        if value is not None:
+            option = f"--{name.replace('_', '-')} {value}"
+            raise RequestError(f"{option} needs a drafter; add --draft early-exit:E, say, or leave it out")
+
+
 def vocabulary(words: str) -> int | str:
     """The size that "2048" means; "auto" is itself. Raises RequestError for other words."""
     if words == "auto":
@@ -368,4 +378,6 @@ def draft_record(flags: DraftFlags, drafter: Drafter | None) -> dict[str, Any] |
     found: dict[str, Any] = {} if flags.draft_length is None else {"length": flags.draft_length}
     size = getattr(drafter, "vocabulary", None)  # a checkpoint may recommend this too; not every drafter has it
     found |= {} if size is None else {"vocabulary": size}
+    head = getattr(drafter, "head", "own")  # and this
+    found |= {} if head == "own" else {"head": head}
     return {**named, **found, **chosen}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from layerskip.cli.flags import ModelFlags, ShowFlags
+from layerskip.cli.flags import ModelFlags, ShowFlags, corpus_option
 from layerskip.cli.material import MaterialFlags
 from layerskip.cli.prompts import read_file
 from layerskip.cli.screen import Screen, write_json
@@ -44,14 +44,13 @@ class GridFlags:
         str,
         Option(
             metavar="auto|none|N[,N..]",
-            help="Sizes of a draft vocabulary, tried with the best setting; auto is a few, where the head is heavy.",
+            help="Sizes of a draft vocabulary, tried with the best setting; auto is a few, where the head is heavy. "
+            "There a head of 8 bits is tried as well, except with none.",
         ),
     ] = "auto"
     draft_corpus: Annotated[
         Path | None,
-        Option(
-            metavar="FILE", help="A text whose commonest tokens a draft vocabulary takes first.", show_default=False
-        ),
+        corpus_option(),
     ] = None
 
     def sizes(self) -> list[int] | None:

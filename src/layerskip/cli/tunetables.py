@@ -32,7 +32,7 @@ def show_record(record: Record, screen: Screen) -> None:
         screen.table(
             [narrow_row(each) for each in record["narrow"]],
             columns=("setting (exact)", "tok/round", "measured", "gain"),
-            title="with a draft vocabulary of N tokens: over plain decoding, and over the same without",
+            title="with a draft vocabulary of N tokens, or an int8 head: over plain decoding, over the same without",
         )
     screen.line(record["reason"])
     best = record["recommended"]
@@ -90,7 +90,7 @@ def measured_row(each: Record) -> tuple[str, ...]:
 
 
 def narrow_row(each: Record) -> tuple[str, ...]:
-    """A draft vocabulary that was measured."""
+    """A draft vocabulary, or a head of 8 bits, that was measured."""
     spreads = (f"{s['median']:.2f}x ({s['low']:.2f}..{s['high']:.2f})" for s in (each["speedup"], each["gain"]))
     return (setting_name(each), f"{each['tokens_per_round']:.2f}", *spreads)
 
@@ -101,11 +101,14 @@ def setting_name(each: Record) -> str:
     from layerskip.evaluate.shortlists import Narrow
 
     setting = Setting(each["exit"], each["draft_tokens"], each["confidence"])
-    return Narrow(setting, each["vocabulary"]).name if each.get("vocabulary") else setting.name
+    if each.get("vocabulary") or each.get("head"):
+        return Narrow(setting, each.get("vocabulary")).name
+    return setting.name
 
 
 def flags_of(each: Record) -> str:
     """A setting as options of generate."""
     confidence = "" if each["confidence"] is None else f" --confidence {each['confidence']:g}"
     size = f" --draft-vocabulary {each['vocabulary']}" if each.get("vocabulary") else ""
-    return f"--draft early-exit:{each['exit']} --draft-tokens {each['draft_tokens']}{confidence}{size}"
+    head = f" --draft-head {each['head']}" if each.get("head") else ""
+    return f"--draft early-exit:{each['exit']} --draft-tokens {each['draft_tokens']}{confidence}{size}{head}"

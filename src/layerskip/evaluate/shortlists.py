@@ -1,4 +1,5 @@
-"""Which draft vocabulary makes the best setting faster still: what is tried, and what it comes to.
+"""Which draft head makes the best setting faster still, one of fewer tokens or bits: what is tried, and what it comes
+to.
 
 Knows sizes and figures. Does not know clocks: what is tried is measured elsewhere, beside the setting without it.
 """
@@ -22,33 +23,44 @@ LEAST = 256
 """The smallest size that is tried unasked."""
 
 HEAVY = 0.2
-"""Share of a draft step from which on the head is worth narrowing: below it nothing gains a quarter."""
+"""Share of a draft step from which on another head is worth trying: below it nothing gains a quarter."""
 
 
 @dataclass(frozen=True)
 class Narrow:
-    """A setting that proposes only some tokens.
+    """A setting that proposes only some tokens, or all of them through a head of 8 bits.
 
     Args:
         setting: which.
-        vocabulary: N.
+        vocabulary: N; None is the head of 8 bits.
     """
 
     setting: Setting
-    vocabulary: int
+    vocabulary: int | None
 
     @property
     def name(self) -> str:
-        """What reports call it: "early-exit:2 K=6 N=2048"."""
-        return f"{self.setting.name} N={self.vocabulary}"
+        """What reports call it: "early-exit:2 K=6 N=2048", "early-exit:2 K=6 int8 head"."""
+        return f"{self.setting.name} {'int8 head' if self.vocabulary is None else f'N={self.vocabulary}'}"
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """What records say of it: {"vocabulary": 2048}, or {"head": "int8"}."""
+        return {"head": "int8"} if self.vocabulary is None else {"vocabulary": self.vocabulary}
 
     def way(self, ranked: Sequence[int]) -> Way:
         """The same to be run, with tokens by frequency."""
         each = self.setting
-        drafter = EarlyExit(
-            each.exit, tokens=each.draft_tokens, confidence=each.confidence, vocabulary=self.vocabulary, ranked=ranked
-        )
+        through = self.head if self.vocabulary is None else {**self.head, "ranked": ranked}
+        drafter = EarlyExit(each.exit, tokens=each.draft_tokens, confidence=each.confidence, **through)
         return Way(self.name, drafter)
+
+
+def heavy(shape: Shape, *, exit: int) -> bool:
+    """Whether the head is a large part of what a drafted token of exit E reads."""
+    layers = (shape.parameters()["attention"] + shape.parameters()["mlp"]) * exit / shape.layers
+    head = shape.vocab * shape.width
+    return head >= HEAVY * (layers + head)
 
 
 def sizes(shape: Shape, *, exit: int) -> list[int]:
@@ -59,16 +71,15 @@ def sizes(shape: Shape, *, exit: int) -> list[int]:
         shape: of the model.
         exit: E.
     """
-    layers = (shape.parameters()["attention"] + shape.parameters()["mlp"]) * exit / shape.layers
-    head = shape.vocab * shape.width
     most = min(fitting(shape), shape.vocab // 4)
-    if head < HEAVY * (layers + head):
+    if not heavy(shape, exit=exit):
         return []
     return [size for size in (2**power for power in range(most.bit_length())) if size >= LEAST and size > most / 8]
 
 
-def candidates(setting: Setting, sizes: Sequence[int], *, draft_tokens: Sequence[int]) -> list[Narrow]:
-    """Each size with the setting, and with half as many drafted tokens again: cheaper drafts may be longer.
+def candidates(setting: Setting, sizes: Sequence[int | None], *, draft_tokens: Sequence[int]) -> list[Narrow]:
+    """Each size, None for the head of 8 bits, with the setting, and with half as many drafted tokens again: cheaper
+    drafts may be longer.
 
     Example:
         >>> [each.name for each in candidates(Setting(2, 4), [512], draft_tokens=[1, 2, 4, 5, 6, 8])]
@@ -85,7 +96,7 @@ def candidates(setting: Setting, sizes: Sequence[int], *, draft_tokens: Sequence
 
 @dataclass(frozen=True)
 class Gained:
-    """A draft vocabulary that was measured.
+    """A draft vocabulary, or a head of 8 bits, that was measured.
 
     Args:
         narrow: which.
@@ -110,7 +121,7 @@ class Gained:
         """The same for JSON."""
         return {
             **asdict(self.narrow.setting),
-            "vocabulary": self.narrow.vocabulary,
+            **self.narrow.head,
             "speedup": self.speedup.record(),
             "gain": self.gain.record(),
             "tokens_per_round": self.tokens_per_round,
@@ -138,7 +149,7 @@ def best(measured: Sequence[Gained]) -> Gained | None:
 
 
 def remark(measured: Sequence[Gained]) -> str:
-    """What a recommendation adds of draft vocabularies, in numbers; nothing where none was tried."""
+    """What a recommendation adds of draft heads, in numbers; nothing where none was tried."""
     if not measured:
         return ""
     found = best(measured)
@@ -149,10 +160,9 @@ def remark(measured: Sequence[Gained]) -> str:
 
 
 def recommended(best: Checked | None, narrow: Gained | None) -> dict[str, Any] | None:
-    """What a record recommends: the best setting, or one with a draft vocabulary that is faster still."""
+    """What a record recommends: the best setting, or one with a draft head that is faster still."""
     if best is None:
         return None
     if narrow is None:
         return {**asdict(best.prediction.setting), "speedup": best.speedup.median}
-    drawn = {**asdict(narrow.narrow.setting), "vocabulary": narrow.narrow.vocabulary}
-    return {**drawn, "speedup": narrow.speedup.median}
+    return {**asdict(narrow.narrow.setting), **narrow.narrow.head, "speedup": narrow.speedup.median}

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from layerskip.decode.drafters import EarlyExit
+from layerskip.decode.drafters.coarse import has_coarse
 from layerskip.errors import RequestError
 from layerskip.evaluate import record, shortlists
 from layerskip.evaluate.acceptance import Continuation, continuations, count
@@ -58,7 +59,7 @@ class Parts:
         looked: acceptance.
         costs: of a round.
         repeats: of what is measured.
-        narrow: repeats of the best setting with draft vocabularies.
+        narrow: repeats of the best setting with other draft heads.
     """
 
     looked: dict[str, Any] | None = None
@@ -78,7 +79,7 @@ class Tuning:
         repeat: runs of each setting that is measured.
         measure: how many are measured.
         vocabulary: sizes of a draft vocabulary that are tried with the best setting; None is a few that fit, where the
-            head is heavy.
+            head is heavy. There a head of 8 bits is tried as well, if weights are native and this is not empty.
         ranked: tokens by frequency, for them.
         source: where the prompts come from.
         folder: keeps the record after every part; None keeps it nowhere.
@@ -201,14 +202,18 @@ class Tuning:
         return [checked(each, found[each.setting.name]) for each in chosen]
 
     def _narrow(self, setting: Setting) -> list[Gained]:
-        """The setting with draft vocabularies, beside itself without."""
-        sizes = self.vocabulary
-        if sizes is None:
-            sizes = shortlists.sizes(self.llm.decoder.shape, exit=setting.exit)
-        tried = shortlists.candidates(setting, sizes, draft_tokens=self.grid.draft_tokens)
+        """The setting with draft vocabularies and a head of 8 bits, beside itself without."""
+        decoder, given = self.llm.decoder, self.vocabulary
+        sizes = shortlists.sizes(decoder.shape, exit=setting.exit) if given is None else given
+        asked = given is None or bool(given)
+        coarse = asked and has_coarse(decoder) and shortlists.heavy(decoder.shape, exit=setting.exit)
+        heads = [*sizes, *([None] if coarse else [])]
+        tried = shortlists.candidates(setting, heads, draft_tokens=self.grid.draft_tokens)
         if not tried:
             return []
-        self._tell(f"draft vocabularies of {', '.join(map(str, sizes))} tokens, with {setting.name}")
+        parts = [f"draft vocabularies of {', '.join(map(str, sizes))} tokens"] if sizes else []
+        parts += ["a draft head of 8 bits"] if coarse else []
+        self._tell(f"{', '.join(parts)}, with {setting.name}")
         found = self._repeat([setting.way(), *(each.way(self.ranked) for each in tried)], self.parts.narrow)
         return [gained(each, found, without=setting) for each in tried]
 

@@ -102,7 +102,12 @@ def as_recommended(found: Mapping[str, Any], *, ranked: Sequence[int] = ()) -> R
         return None
     size = best.get("vocabulary")
     return Recommended(
-        best["exit"], best["draft_tokens"], best["confidence"], vocabulary=size, ranked=tuple(ranked[: size or 0])
+        best["exit"],
+        best["draft_tokens"],
+        best["confidence"],
+        vocabulary=size,
+        ranked=tuple(ranked[: size or 0]),
+        head=best.get("head", "own"),
     )
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 from layerskip.decode.batch import Batch
 from layerskip.decode.draft import Drafter
 from layerskip.decode.drafters import Assistant, Auto, Cascade, EarlyExit, Lookup
-from layerskip.decode.drafters.shortlist import fitting, rank
+from layerskip.decode.drafters.shortlist import rank
 from layerskip.decode.pool import Pool
 from layerskip.decode.randomness import new_seed, sample_seed
 from layerskip.decode.request import Request, Round
@@ -29,6 +29,7 @@ from layerskip.decode.text import TextStream
 from layerskip.decode.text import Tokenizer as TextTokenizer
 from layerskip.errors import CapacityError, LayerSkipError, RequestError, check_whole, suggest
 from layerskip.llm.completion import Chunk, Completion, Mode, Stream
+from layerskip.llm.heads import head_settings
 from layerskip.llm.prompts import Prompt, is_one, plain
 from layerskip.llm.recommended import Recommended
 from layerskip.llm.tokenizer import load_tokenizer
@@ -45,7 +46,7 @@ _WHY = {
     "auto": "auto finds by itself where to exit and how long to draft,",
     "assistant": "assistant has a head of its own",
 }
-_NARROW = ("draft vocabulary", "ranking of tokens")
+_NARROW = ("draft vocabulary", "ranking of tokens", "choice of a draft head")
 _UNASKED = {
     "lookup": ("confidence", "draft length", *_NARROW),
     "auto": ("confidence", "draft length"),
@@ -385,6 +386,7 @@ class LLM:
         length: str | None = None,
         vocabulary: int | str | None = None,
         ranked: Sequence[int] | None = None,
+        head: str | None = None,
     ) -> Drafter | None:
         """The drafter that words name: "auto", "none", "early-exit:E", "lookup", "cascade:E" or "assistant:PATH".
 
@@ -397,6 +399,10 @@ class LLM:
                 recommends, else what fits into 1.5% of its weights, if that leaves out more than half; 0 is all; None
                 is what the checkpoint recommends where it chooses the exit as well, else all.
             ranked: tokens by frequency for that, as from `rank`; None is what the checkpoint has.
+            head: what they predict through (early-exit, cascade and auto): "own", or "int8", a copy at 8 bits, which
+                takes native weights and all tokens. "auto" is what the checkpoint recommends, else own; None is the
+                same where the checkpoint chooses the exit as well, else own. A recommended head is own where weights
+                are not native or a vocabulary is asked for, and a recommended vocabulary steps back for "int8".
 
         Raises:
             RequestError: no such drafter, or a value out of range.
@@ -414,6 +420,7 @@ class LLM:
             "draft length": length,
             "draft vocabulary": vocabulary or None,  # 0 is none
             "ranking of tokens": ranked,
+            "choice of a draft head": None if head == "own" else head,
         }
         for name in _UNASKED.get(kind, ()):
             if given[name] is not None:
@@ -425,9 +432,11 @@ class LLM:
             if not argument:
                 raise RequestError("assistant needs a checkpoint; write assistant:PATH")
             return self.assistant(argument, tokens=tokens, confidence=confidence, length=length)
-        narrow = self._narrow(vocabulary, ranked, advised=not colon)
+        through = head_settings(
+            self.decoder, self.recommended, head=head, vocabulary=vocabulary, ranked=ranked, advised=not colon
+        )
         if kind == "auto":
-            return self._auto(tokens, narrow)
+            return self._auto(tokens, through)
         if colon and not argument.isdecimal():
             raise RequestError(f"{kind} needs a number of layers, not {argument!r}; write {kind}:3, say")
         if not colon:
@@ -436,7 +445,7 @@ class LLM:
             if length == "fixed":
                 tokens = advice.draft_tokens if tokens is None else tokens
                 confidence = advice.confidence if confidence is None else confidence
-        early = EarlyExit(int(argument), tokens=tokens, confidence=confidence, length=length, **narrow)
+        early = EarlyExit(int(argument), tokens=tokens, confidence=confidence, length=length, **through)
         return early if kind == "early-exit" else Cascade(Lookup(), early)
 
     def rank(self, text: str) -> list[int]:
@@ -448,27 +457,11 @@ class LLM:
             raise RequestError(f"{self.name} recommends no exit; write {kind}:3, say")
         return self.recommended
 
-    def _narrow(self, size: int | str | None, ranked: Sequence[int] | None, *, advised: bool) -> dict[str, Any]:
-        """Vocabulary and ranking of a drafter, as `drafter` explains them."""
-        advice = self.recommended
-        known = None if advice is None else advice.vocabulary
-        if isinstance(size, str):
-            if size != "auto":
-                raise RequestError(f"draft vocabulary {size!r} is not possible; use 'auto', or a number of tokens")
-            fits = fitting(self.decoder.shape)
-            size = known or (fits if 0 < fits < self.decoder.shape.vocab / 2 else None)
-            ranked = ranked if size else ()
-        elif size is None and advised:
-            size = known
-        if not size:
-            return {"vocabulary": None, "ranked": ranked or ()}
-        return {"vocabulary": size, "ranked": (advice.ranked if advice else ()) if ranked is None else ranked}
-
-    def _auto(self, tokens: int | None, narrow: Mapping[str, Any]) -> Auto:
+    def _auto(self, tokens: int | None, through: Mapping[str, Any]) -> Auto:
         settings: dict[str, Any] = {} if tokens is None else {"tokens": tokens}
         if self.recommended is not None:
             settings |= {"exit": self.recommended.exit, "guesses": self.recommended.acceptance}
-        return Auto(**settings, **narrow)
+        return Auto(**settings, **through)
 
     def assistant(
         self,

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from layerskip.decode.drafters.early_exit import HEADS
 from layerskip.errors import CheckpointError, StorageError
 from layerskip.model.checkpoint import read_config, read_json
 
 RANKED = "draft_vocabulary.json"
 """A file beside config.json, {"ranked": token ids, the most frequent first}."""
 
-_OURS = ("exit", "draft_tokens", "confidence", "draft_vocabulary")
+_OURS = ("exit", "draft_tokens", "confidence", "draft_vocabulary", "draft_head")
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Recommended:
             `--draft auto` begins with.
         vocabulary: N, propose only so many tokens; None is all.
         ranked: tokens by frequency for that, the likeliest first.
+        head: "own", or "int8": draft through a copy of the head at 8 bits, where weights are native.
     """
 
     exit: int
@@ -38,6 +40,7 @@ class Recommended:
     acceptance: Mapping[int, float] = field(default_factory=dict)
     vocabulary: int | None = None
     ranked: Sequence[int] = ()
+    head: str = "own"
 
 
 def recommended(folder: Path) -> Recommended | None:
@@ -45,7 +48,7 @@ def recommended(folder: Path) -> Recommended | None:
 
     Raises:
         CheckpointError: what is there is not an exit, a number of tokens and, where there are such, a probability and a
-            number of tokens to propose; or `RANKED` holds no token ids.
+            number of tokens to propose or a head; or `RANKED` holds no token ids.
     """
     settings = read_config(folder).get("layerskip")
     if settings is None:
@@ -61,6 +64,7 @@ def recommended(folder: Path) -> Recommended | None:
         _acceptance(settings),
         None if settings.get("draft_vocabulary") is None else _count(settings, "draft_vocabulary", folder),
         _ranked(folder),
+        _head(settings, folder),
     )
 
 
@@ -82,7 +86,8 @@ def recommend(folder: Path, draft: Recommended | None, *, quality: Mapping[str, 
         raise CheckpointError(f"{folder}/config.json: layerskip is {settings!r}; it must be an object, or left out")
     kept = {key: value for key, value in settings.items() if key not in _OURS}
     if draft is not None:
-        ours = (draft.exit, draft.draft_tokens, draft.confidence, draft.vocabulary)
+        head = None if draft.head == "own" else draft.head
+        ours = (draft.exit, draft.draft_tokens, draft.confidence, draft.vocabulary, head)
         kept |= {key: value for key, value in zip(_OURS, ours, strict=True) if value is not None}
     kept["quality"] = {**(settings.get("quality") or {}), **quality}
     if draft is not None and draft.ranked:
@@ -133,6 +138,21 @@ def _confidence(settings: dict[str, Any], folder: Path) -> float | None:
             f"{folder}/config.json: layerskip.confidence is {value!r}; it must be a number above 0 and at most 1"
         )
     return float(value)
+
+
+def _head(settings: dict[str, Any], folder: Path) -> str:
+    value = settings.get("draft_head")
+    if value is None:
+        return "own"
+    if value not in HEADS:
+        raise CheckpointError(
+            f"{folder}/config.json: layerskip.draft_head is {value!r}; it must be {' or '.join(HEADS)}, or left out"
+        )
+    if value == "int8" and settings.get("draft_vocabulary") is not None:
+        raise CheckpointError(
+            f"{folder}/config.json: layerskip has both a draft_vocabulary and a draft_head of 8 bits; leave one out"
+        )
+    return str(value)
 
 
 def _acceptance(settings: dict[str, Any]) -> dict[int, float]:

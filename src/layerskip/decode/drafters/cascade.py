@@ -58,6 +58,11 @@ class Cascade:
         """As many tokens the exit may propose; None is all. Copies are free."""
         return self.exit.vocabulary
 
+    @property
+    def head(self) -> str:
+        """What the exit drafts through, as in `EarlyExit`."""
+        return self.exit.head
+
     def check(self, decoder: Decoder, *, exit: int) -> None:
         """Raises RequestError where one of the two cannot draft."""
         self.lookup.check(decoder, exit=exit)

@@ -1,4 +1,4 @@
-"""Draft heads of 8 bits, one for every decoder that a drafter drafts for. Exact: only proposals depend on them."""
+"""Draft heads of 8 bits, one for every decoder. Exact: only proposals depend on them."""
 
 from __future__ import annotations
 
@@ -10,27 +10,32 @@ from layerskip.errors import RequestError
 from layerskip.model.decoder import Decoder
 from layerskip.model.narrow import CoarseHead
 
+_made: weakref.WeakKeyDictionary[Decoder, CoarseHead] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def has_coarse(decoder: Decoder) -> bool:
+    """Whether the kernels have a head to quantise."""
+    return decoder.layout == "native"
+
 
 class Coarse:
-    """Heads of 8 bits, made when they are first needed. One may serve several batches and threads."""
-
-    def __init__(self) -> None:
-        self._heads: weakref.WeakKeyDictionary[Decoder, CoarseHead] = weakref.WeakKeyDictionary()
-        self._lock = threading.Lock()
+    """Heads of 8 bits, made when they are first needed and kept as long as their decoder: a drafter that words name is
+    made anew for every call, and quantising takes longer than many rounds. May serve several batches and threads."""
 
     def check(self, decoder: Decoder) -> None:
         """Raises RequestError where the kernels have no head to quantise."""
-        if decoder.layout != "native":
+        if not has_coarse(decoder):
             raise RequestError(
                 f"a draft head of 8 bits is made from native weights, and these are {decoder.layout}; leave it out"
             )
 
     def head(self, rows: Rows) -> CoarseHead:
         """The head for a round of these rows."""
-        with self._lock:
-            found = self._heads.get(rows.decoder)
+        with _lock:
+            found = _made.get(rows.decoder)
             if found is None:
-                found = self._heads[rows.decoder] = CoarseHead(rows.decoder)
+                found = _made[rows.decoder] = CoarseHead(rows.decoder)
             return found
 
     def leave(self, key: int) -> None:

@@ -111,7 +111,8 @@ def heads(head: str, vocabulary: int | None, ranked: Sequence[int]) -> Narrowed 
         raise RequestError(f"unknown draft head {head!r}; use {', '.join(HEADS)}{suggest(head, HEADS)}")
     if head == "int8" and vocabulary is not None:
         raise RequestError("a draft vocabulary has a head of its own; leave it or the head of 8 bits out")
-    return Coarse() if head == "int8" else narrowed(vocabulary, ranked)
+    narrow = narrowed(vocabulary, ranked)
+    return Coarse() if head == "int8" else narrow
 
 
 def draft_at(
