@@ -10,16 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from layerskip.cli.flags import (
-    NARROW,
-    ModelFlags,
-    ShowFlags,
-    corpus_option,
-    head_option,
-    label,
-    refuse_options,
-    vocabulary,
-)
+from layerskip.cli.drafting import NARROW, corpus_option, head_option, label, refuse_options, vocabulary
+from layerskip.cli.flags import ModelFlags, ShowFlags
 from layerskip.cli.material import MaterialFlags
 from layerskip.cli.prompts import read_file
 from layerskip.cli.screen import Screen, write_json

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from layerskip.cli.boundary import lines
-from layerskip.cli.flags import DraftFlags, EndFlags, ModelFlags, SamplingFlags, ShowFlags, account, label
+from layerskip.cli.drafting import DraftFlags, account, label
+from layerskip.cli.flags import EndFlags, ModelFlags, SamplingFlags, ShowFlags
 from layerskip.cli.generate import held, show_run
 from layerskip.cli.prompts import decode, without_newline
 from layerskip.cli.screen import Screen

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from layerskip.cli.flags import DraftFlags, ModelFlags, ShowFlags, draft_record
+from layerskip.cli.drafting import DraftFlags, draft_record
+from layerskip.cli.flags import ModelFlags, ShowFlags
 from layerskip.cli.harness import HarnessFlags, run_harness
 from layerskip.cli.questions import TaskFlags, fitting_ones, read_questions
 from layerskip.cli.scores import show_quality

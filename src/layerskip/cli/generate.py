@@ -8,16 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from layerskip.cli.compare import Comparison, compare_with_plain
-from layerskip.cli.flags import (
-    DraftFlags,
-    EndFlags,
-    ModelFlags,
-    SamplingFlags,
-    ShowFlags,
-    account,
-    draft_record,
-    label,
-)
+from layerskip.cli.drafting import DraftFlags, account, draft_record, label
+from layerskip.cli.flags import EndFlags, ModelFlags, SamplingFlags, ShowFlags
 from layerskip.cli.prompts import File, read_text, text_argument
 from layerskip.cli.screen import ACCEPTED, OWN, Screen, write_json
 from layerskip.errors import RequestError

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from layerskip.cli.flags import DraftFlags, ModelFlags, draft_record
+from layerskip.cli.drafting import DraftFlags, draft_record
+from layerskip.cli.flags import ModelFlags
 from layerskip.cli.screen import Screen, write_json
 from layerskip.errors import RequestError
 

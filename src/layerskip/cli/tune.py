@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from layerskip.cli.flags import ModelFlags, ShowFlags, corpus_option
+from layerskip.cli.drafting import corpus_option
+from layerskip.cli.flags import ModelFlags, ShowFlags
 from layerskip.cli.material import MaterialFlags
 from layerskip.cli.prompts import read_file
 from layerskip.cli.screen import Screen, write_json

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from layerskip.cli.flags import DraftFlags, ModelFlags, ShowFlags, draft_record, label
+from layerskip.cli.drafting import DraftFlags, draft_record, label
+from layerskip.cli.flags import ModelFlags, ShowFlags
 from layerskip.cli.generate import dtype_name
 from layerskip.cli.prompts import read_prompts
 from layerskip.cli.screen import Screen, write_json
