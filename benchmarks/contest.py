@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks.peers import OWN, Draft, PeerRun, peer
@@ -17,7 +18,7 @@ from benchmarks.worker import PeerFailed, Worker
 
 SETTLE = 0.2
 """Seconds of rest before each engine's turn: the threads of the one before it spin on for a while."""
-TRIAL_PROMPTS = 2
+TRIALS = 3
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Contest:
         self.workers.pop(name).close()
 
     def trials(self, *, exit: int, draft_tokens: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
-        """Every way of drafting of every engine, on the first prompts after a warm-up.
+        """Every way of drafting of every engine on all prompts, in turns, each after a warm-up.
 
         Returns:
             By engine: the draft and its decode tokens/s, the fastest first.
@@ -77,7 +78,9 @@ class Contest:
         for name, worker in list(self.workers.items()):
             try:
                 drafts = [Draft(**draft) for draft in worker.ask("drafts", exit=exit, tokens=list(draft_tokens))]
-                rates = [(self._rate(Way(name, draft)), draft) for draft in drafts]
+                ways = [Way(name, draft) for draft in drafts]
+                turns = [[self._rate(way) for way in ways] for _ in range(TRIALS)]
+                rates = list(zip(map(median, zip(*turns, strict=True)), drafts, strict=True))
             except PeerFailed as error:
                 self.fail(name, error)
                 continue
@@ -88,7 +91,7 @@ class Contest:
 
     def _rate(self, way: Way) -> float:
         self.ask(way, self.questions[0])
-        found = measured([self.ask(way, question) for question in self.questions[:TRIAL_PROMPTS]])
+        found = measured([self.ask(way, question) for question in self.questions])
         return float(found["decode_tokens"] / found["decode_seconds"])
 
     def ask(self, way: Way, question: Question) -> PeerRun:

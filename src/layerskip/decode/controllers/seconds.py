@@ -100,8 +100,9 @@ class Pace:
     """
 
     def __init__(self, *, passes: bool = True) -> None:
-        # K + 1 passes, the last one without the head
-        self.draft = Line(least=1.0, most=3.0, expected=1.5) if passes else Line(least=0, most=0, expected=0)
+        # K + 1 passes, the last one without the head; and what a round takes besides, which is most of it where passes
+        # take microseconds
+        self.draft = Line(least=0.1, most=3.0, expected=1.0) if passes else Line(least=0, most=0, expected=0)
         self.verify = Line(least=0.0, most=0.3, expected=ROW)
 
     def add(self, drafted: int, *, draft: float, verify: float) -> None:
