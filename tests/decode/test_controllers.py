@@ -68,6 +68,10 @@ def test_rows_share_the_price_of_a_step_and_stop_together() -> None:
     assert ends.lengths == [2, 2]
 
 
+def test_a_drafter_that_is_never_right_drafts_one_token() -> None:
+    assert ends_of(Learned(0.0, weight=10.0).plan(9, price=0.0))([0.99])
+
+
 def test_rows_pass_a_threshold_one_by_one() -> None:
     ends = ends_of(Confidence(9, threshold=0.6).plan(3), rows=3)
     assert [ends(sure) for sure in ([0.6, 0.5, 0.9], [0.9, 0.9, 0.1], [0.2, 0.9, 0.9])] == [False, False, True]

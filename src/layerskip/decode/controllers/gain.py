@@ -14,6 +14,7 @@ on the clock: with a seed, sampled text whose drafts are drawn repeats in law on
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import defaultdict
 
@@ -58,7 +59,8 @@ class Learned:
             >>> ends([0.95]), ends([0.9]), ends([0.7])  # 0.76, 0.67 and 0.46 are to be had
             (False, False, True)
         """
-        return Plan(length, Stop(EDGES, self.calibration.values, price / self.agreement.later.value))
+        rate = self.agreement.later.value  # 0 where it was told so and saw nothing else
+        return Plan(length, Stop(EDGES, self.calibration.values, price / rate if rate else math.inf))
 
 
 class Gain:
