@@ -12,6 +12,7 @@ import pytest
 import layerskip
 from layerskip.cli.benchtables import same
 from layerskip.evaluate.contest import Contest
+from tests.cli.outcome import last_line
 
 LINES = ["the dog", "Once upon a time", "a", "the quick brown fox jumps over"]
 
@@ -36,12 +37,6 @@ def base(tiny_checkpoint: Path, prompts: Path) -> tuple[Any, ...]:
     """A small benchmark on the tiny checkpoint."""
     common = ("--max-tokens", 8, "--repeat", 2, "--dtype", "float64", "--device", "cpu", "--ignore-eos")
     return ("bench", "-m", tiny_checkpoint, "--prompts", prompts, *common)
-
-
-def last_line(done: Any) -> dict[str, Any]:
-    assert done.exit_code == 0, done.output
-    record: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return record
 
 
 def test_tables_then_one_line(

@@ -16,6 +16,7 @@ from layerskip.evaluate.shortlists import Narrow, candidates
 from layerskip.llm import LLM, Recommended, recommend
 from layerskip.model.checkpoint import read_config
 from layerskip.model.native.blocks import Blocks
+from tests.cli.outcome import last_line, refused
 
 NATIVE = ("--dtype", "float32", "--device", "cpu", "--weights", "native")
 PLAIN = ("--dtype", "float64", "--device", "cpu")
@@ -27,19 +28,6 @@ def base(tmp_path: Path) -> tuple[Any, ...]:
     file = tmp_path / "prompts.txt"
     file.write_text("the dog\nOnce upon a time\n")
     return ("--prompts", file, "--max-tokens", 12, "--repeat", 2, "-m")
-
-
-def last_line(done: Any) -> dict[str, Any]:
-    assert done.exit_code == 0, done.output
-    record: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return record
-
-
-def refused(done: Any, message: str) -> None:
-    assert (done.exit_code, done.stdout) == (2, "")
-    [line] = done.stderr.splitlines()
-    assert line.startswith("error: ")
-    assert message in line
 
 
 # --- options
@@ -210,9 +198,11 @@ def test_calls_share_one_copy(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None
 GRID = ("--exits", 1, "--draft-tokens", "2,4", "--confidence", "none", "--measure", 2)
 
 
-def test_tune_finds_it_and_the_checkpoint_keeps_it(run: Any, base: tuple[Any, ...], lucky: Any, work: None) -> None:
+def test_tune_finds_it_and_the_checkpoint_keeps_it(
+    run: Any, base: tuple[Any, ...], lucky: Any, work: None, copy: Any
+) -> None:
     """Exit 1 always agrees, and nearly so through 8 bits: a round of 4 x 2 + 1 + 6 seconds against 4 x 5 + 1 + 6."""
-    folder = lucky()
+    folder = lucky(copy())
     done = run("tune", *base, folder, *NATIVE, *GRID, "--save")
     record = last_line(done)
     schema = json.loads((files("layerskip.evaluate") / "schemas" / "tune.json").read_text(encoding="utf-8"))
@@ -239,9 +229,9 @@ def test_tune_finds_it_and_the_checkpoint_keeps_it(run: Any, base: tuple[Any, ..
 
 
 def test_tune_tries_it_beside_sizes_and_not_where_none_are_wanted(
-    run: Any, base: tuple[Any, ...], lucky: Any, work: None
+    run: Any, base: tuple[Any, ...], lucky: Any, work: None, copy: Any
 ) -> None:
-    folder = lucky()
+    folder = lucky(copy())
     record = last_line(run("tune", *base, folder, *NATIVE, *GRID, "--draft-vocabulary", "1"))
     assert [(each.get("vocabulary"), each.get("head")) for each in record["narrow"]] == [(1, None), (None, "int8")]
     assert record["recommended"]["head"] == "int8"
@@ -249,10 +239,10 @@ def test_tune_tries_it_beside_sizes_and_not_where_none_are_wanted(
 
 
 def test_a_light_head_is_left_as_it_is(
-    run: Any, base: tuple[Any, ...], lucky: Any, work: None, monkeypatch: pytest.MonkeyPatch
+    run: Any, base: tuple[Any, ...], lucky: Any, work: None, monkeypatch: pytest.MonkeyPatch, copy: Any
 ) -> None:
     """It is 57% of a draft step of one layer, and would be a sixth of one of seven."""
-    folder = lucky()
+    folder = lucky(copy())
     shape = layerskip.load(folder).decoder.shape
     assert shortlists.heavy(shape, exit=1)
     assert not shortlists.heavy(shape, exit=7)

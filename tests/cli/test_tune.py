@@ -24,6 +24,7 @@ from layerskip.evaluate.contest import Contest
 from layerskip.llm import Recommended, recommend
 from layerskip.model.checkpoint import read_config
 from layerskip.model.decoder import Decoder
+from tests.cli.outcome import last_line
 
 LINES = ["the dog", "Once upon a time", "the quick brown fox jumps over"]
 
@@ -43,22 +44,6 @@ def base(tiny_checkpoint: Path, tmp_path: Path) -> tuple[Any, ...]:
     file.write_text("\n".join(LINES) + "\n")
     grid = ("--draft-tokens", "1..3", "--confidence", "0.3", "--repeat", 2, "--measure", 3, "--max-tokens", 8)
     return ("tune", "--prompts", file, *grid, "--dtype", "float64", "--device", "cpu", "-m")
-
-
-def last_line(done: Any) -> dict[str, Any]:
-    assert done.exit_code == 0, done.output
-    record: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return record
-
-
-def lucky(folder: Path) -> Path:
-    """Rewrites a checkpoint so that layers above the first add nothing: exit 1 always agrees, in a third of a pass."""
-    weights = load_file(folder / "model.safetensors")
-    for name, tensor in weights.items():
-        if "layers.0." not in name and name.endswith(("o_proj.weight", "down_proj.weight")):
-            weights[name] = torch.zeros_like(tensor)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 def test_tables_then_one_line(
@@ -159,7 +144,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_predictions_are_what_is_measured_where_nothing_disturbs(
-    run: Any, base: tuple[Any, ...], copy: Any, work: None
+    run: Any, base: tuple[Any, ...], copy: Any, work: None, lucky: Any
 ) -> None:
     """Exit 1 always agrees. A round of three is 4 layers and 3 heads, 2 layers and a head: 10 for 4 tokens. A step of
     plain decoding is 4. With a threshold a few drafts end sooner."""
@@ -251,7 +236,7 @@ def test_an_interrupted_run_goes_on(
 
 
 def test_a_record_of_something_else_is_not_gone_on_with(
-    run: Any, base: tuple[Any, ...], copy: Any, tmp_path: Path
+    run: Any, base: tuple[Any, ...], copy: Any, tmp_path: Path, lucky: Any
 ) -> None:
     folder = copy()
     words = (*base, folder, "--output", tmp_path, "--json", "--exits", "1", "--draft-tokens", "1", "--measure", 1)

@@ -19,6 +19,7 @@ from layerskip.evaluate.ways import Way
 from layerskip.evaluate.weights import Weights
 from layerskip.llm import Recommended, recommend
 from layerskip.model.checkpoint import read_config
+from tests.cli.outcome import last_line, refused
 
 TEXT = "the dog and the fox and the dog\n"
 
@@ -35,19 +36,6 @@ def base(tiny_checkpoint: Path, tmp_path: Path) -> tuple[Any, ...]:
     file = tmp_path / "prompts.txt"
     file.write_text("the dog\nOnce upon a time\n")
     return ("--prompts", file, "--max-tokens", 12, "--repeat", 2, "--dtype", "float64", "--device", "cpu", "-m")
-
-
-def last_line(done: Any) -> dict[str, Any]:
-    assert done.exit_code == 0, done.output
-    record: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return record
-
-
-def refused(done: Any, message: str) -> None:
-    assert (done.exit_code, done.stdout) == (2, "")
-    [line] = done.stderr.splitlines()
-    assert line.startswith("error: ")
-    assert message in line
 
 
 # --- options
@@ -213,10 +201,10 @@ GRID = ("--exits", 1, "--draft-tokens", "2,4", "--confidence", "none", "--measur
 
 
 def test_tune_finds_the_size_and_the_checkpoint_keeps_it(
-    run: Any, base: tuple[Any, ...], lucky: Any, work: None, tmp_path: Path
+    run: Any, base: tuple[Any, ...], lucky: Any, work: None, tmp_path: Path, copy: Any
 ) -> None:
     """With a corpus of what the model writes 40 tokens are nearly as good as all, and 2 are not."""
-    folder = lucky()
+    folder = lucky(copy())
     llm = layerskip.load(folder, dtype="float64", device="cpu")
     ids = [i for done in llm.generate(["the dog", "Once upon a time"], max_tokens=12) for i in done.tokens]
     corpus = tmp_path / "corpus.txt"
@@ -248,9 +236,9 @@ def test_tune_finds_the_size_and_the_checkpoint_keeps_it(
 
 
 def test_tune_leaves_the_head_whole_where_that_is_faster(
-    run: Any, base: tuple[Any, ...], lucky: Any, work: None
+    run: Any, base: tuple[Any, ...], lucky: Any, work: None, copy: Any
 ) -> None:
-    folder = lucky()
+    folder = lucky(copy())
     record = last_line(run("tune", *base, folder, *GRID, "--draft-vocabulary", "1"))
     assert [each["gain"]["median"] < 1 for each in record["narrow"]] == [True]
     assert "vocabulary" not in record["recommended"]

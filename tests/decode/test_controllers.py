@@ -130,6 +130,14 @@ def test_a_line_finds_the_slope_there_is() -> None:
     assert line.at(4) == pytest.approx(2.4, rel=0.02)
 
 
+def test_what_a_round_takes_besides_its_passes_is_no_price_of_tokens() -> None:
+    """Where passes take microseconds, most of a draft is not a pass."""
+    pace = Pace()
+    for x in [1, 5, 3, 7] * 9:
+        pace.add(x, draft=0.5 + 0.1 * x, verify=1.0)
+    assert pace.draft.slope == pytest.approx(0.1, rel=0.15)
+
+
 def test_rows_are_taken_together_by_powers_of_two() -> None:
     assert [bucket(n) for n in (1, 2, 3, 4, 5, 8, 9, 64)] == [1, 2, 4, 4, 8, 8, 16, 64]
 
