@@ -323,6 +323,7 @@ assert (held == value[0].bfloat16()).float().mean() > 0.95  # rounded to the nea
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="builds for a lesser x86-64 processor")
+@pytest.mark.slow  # builds the kernels anew
 def test_without_bfloat16_products_the_same_holds(tiny_checkpoint: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "CXXFLAGS": "-O1 -march=x86-64-v3"}
     environment["XDG_CACHE_HOME"] = str(tmp_path)
@@ -351,17 +352,13 @@ except RequestError as error:
 """
 
 
-@pytest.mark.parametrize(("compiler", "reason"), [("nowhere", "no C++ compiler was found"), ("false", "could not")])
-def test_without_a_compiler_another_layout_serves(
-    compiler: str, reason: str, tiny_checkpoint: Path, tmp_path: Path
-) -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "CXX": compiler}
+def test_without_a_compiler_another_layout_serves(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "CXX": "nowhere"}
     environment["XDG_CACHE_HOME"] = str(tmp_path)
     command = [sys.executable, "-c", NO_COMPILER, str(tiny_checkpoint)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("weights cannot be native: ")
-    assert reason in done.stdout
+    assert done.stdout.startswith("weights cannot be native: no C++ compiler was found")
     assert not list(tmp_path.rglob("*.so"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -112,20 +113,25 @@ LARGE: dict[str, Any] = {
 }  # fmt: skip
 
 MEASURE = """
-import sys, torch
+import json, os, sys, torch
 from pathlib import Path
-from layerskip.model.checkpoint import load_decoder, read_config
+from layerskip.model.checkpoint import load_decoder
 
 def memory(kind):
     status = Path("/proc/self/status").read_text()
     return int(status.split(kind + ":")[1].split()[0]) * 1024
 
-weights = sys.argv[3]
-load_decoder(Path(sys.argv[1]), weights=weights)  # what the first load brings in for good is no part of the weights
-before, peak = memory("RssAnon"), memory("VmHWM")
-decoder = load_decoder(Path(sys.argv[2]), weights=weights)
-decoder.embed(torch.arange(100)[None])
-print(memory("RssAnon") - before, memory("VmHWM") - peak)
+small, large = map(Path, sys.argv[1:3])
+for weights in sys.argv[3:]:
+    if os.fork():  # what was imported is there already, and every layout begins where the others did
+        assert os.wait()[1] == 0
+        continue
+    load_decoder(small, weights=weights)  # what the first load brings in for good is no part of the weights
+    before, peak = memory("RssAnon"), memory("VmHWM")
+    decoder = load_decoder(large, weights=weights)
+    decoder.embed(torch.arange(100)[None])
+    print(json.dumps([weights, memory("RssAnon") - before, memory("VmHWM") - peak]), flush=True)
+    os._exit(0)
 """
 
 
@@ -140,10 +146,13 @@ def test_a_tied_head_is_held_once_and_loading_needs_little_more(tmp_path: Path, 
     weights = 2 * Shape.from_config(read_config(tmp_path)).parameters()["total"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     assert weights > 140e6
-    for layout, share in {"packed": 1, "native": 1, "int8": 8.5 / 16, "int4": 4.5 / 16, "int8-plain": 8.5 / 16}.items():
-        command = [sys.executable, "-c", MEASURE, str(tiny_checkpoint), str(tmp_path), layout]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-        held, peak = map(int, done.stdout.split())
+    shares = {"packed": 1, "native": 1, "int8": 8.5 / 16, "int4": 4.5 / 16, "int8-plain": 8.5 / 16}
+    command = [sys.executable, "-c", MEASURE, str(tiny_checkpoint), str(tmp_path), *shares]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [layout for layout, *_ in found] == list(shares)
+    for layout, held, peak in found:
+        share = shares[layout]
         assert share * weights < held < 1.1 * share * weights, layout
         # the checkpoint's own, mapped, and what is made of it; what is between is small
         assert share == 1 or peak < (1.05 + share) * weights, (layout, peak / weights)

@@ -951,6 +951,7 @@ def check_ranks(reports: list[dict[str, Any]]) -> None:
     assert [SHARE, SHARE] in reports[0]["steps"][1]["dropped"]
 
 
+@pytest.mark.slow  # two processes; test_distributed has two as well, which drop as many rows
 def test_ddp(two_processes: list[dict[str, Any]]) -> None:
     reports = [report["ddp"] for report in two_processes]
     check_ranks(reports)
@@ -959,6 +960,7 @@ def test_ddp(two_processes: list[dict[str, Any]]) -> None:
         assert all(len(each["calls"]) == LAYERS for each in report["steps"])
 
 
+@pytest.mark.slow  # two processes; test_distributed has two as well, which drop as many rows
 def test_fsdp2_with_gradient_checkpointing(two_processes: list[dict[str, Any]]) -> None:
     reports = [report["fsdp2"] for report in two_processes]
     check_ranks(reports)
