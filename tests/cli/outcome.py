@@ -11,9 +11,10 @@ def last_line(done: Any) -> dict[str, Any]:
     return record
 
 
-def refused(done: Any, message: str) -> None:
-    """One line on standard error and nothing else, for what was asked wrongly."""
-    assert (done.exit_code, done.stdout) == (2, "")
+def refused(done: Any, *parts: str, status: int = 2) -> None:
+    """One line on standard error and nothing else, for what was asked wrongly, or failed."""
+    assert (done.exit_code, done.stdout) == (status, ""), done.output
     [line] = done.stderr.splitlines()
     assert line.startswith("error: ")
-    assert message in line
+    for part in parts:
+        assert part in line

@@ -14,17 +14,7 @@ import layerskip
 from layerskip.cli.boundary import exit_status, lines
 from layerskip.errors import CapacityError, CheckpointError, LayerSkipError, NumericalError, RequestError
 from layerskip.model import cache
-
-
-def refused(result: Any, status: int, *parts: str) -> None:
-    """One line on standard error, `parts` in it, and nothing else anywhere."""
-    assert result.exit_code == status, result.output
-    assert result.stdout == ""
-    [line] = result.stderr.splitlines()
-    assert line.startswith("error: ")
-    for part in parts:
-        assert part in line
-    assert "Traceback" not in result.output
+from tests.cli.outcome import refused
 
 
 @pytest.mark.parametrize(
@@ -73,25 +63,25 @@ def refused(result: Any, status: int, *parts: str) -> None:
     ids=" ".join,
 )
 def test_bad_option(run: Any, tiny_checkpoint: Path, arguments: list[str], parts: list[str]) -> None:
-    refused(run("generate", "a", "-m", tiny_checkpoint, *arguments), 2, *parts)
+    refused(run("generate", "a", "-m", tiny_checkpoint, *arguments), *parts)
 
 
 def test_the_spelling_of_a_token_is_suggested(run: Any, tiny_checkpoint: Path) -> None:
     vocabulary = layerskip.load(tiny_checkpoint).tokenizer.get_vocab()
     token = next(t for t in vocabulary if t.startswith("Ġ") and t != "Ġ" and t[1:] not in vocabulary)
     done = run("generate", "a", "-m", tiny_checkpoint, "--ban", token[1:])
-    refused(done, 2, f"token {token[1:]!r} is not in the vocabulary; give its id", f"did you mean {token!r}?")
+    refused(done, f"token {token[1:]!r} is not in the vocabulary; give its id", f"did you mean {token!r}?")
 
 
 def test_no_command_like_it(run: Any) -> None:
-    refused(run("generat"), 2, "no such command 'generat'", "did you mean 'generate'?".capitalize())
+    refused(run("generat"), "no such command 'generat'", "did you mean 'generate'?".capitalize())
 
 
 # -- prompts
 
 
 def test_no_prompt(run: Any, tiny_checkpoint: Path) -> None:
-    refused(run("generate", "-m", tiny_checkpoint), 2, "no prompt: give a text, - for standard input, or --file")
+    refused(run("generate", "-m", tiny_checkpoint), "no prompt: give a text, - for standard input, or --file")
 
 
 def test_empty_prompt_without_bos(run: Any, copy: Callable[..., Path]) -> None:
@@ -99,40 +89,38 @@ def test_empty_prompt_without_bos(run: Any, copy: Callable[..., Path]) -> None:
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     del settings["bos_token"]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    refused(
-        run("generate", "", "-m", folder), 2, "the prompt is empty and this tokenizer has no BOS token", "give some"
-    )
+    refused(run("generate", "", "-m", folder), "the prompt is empty and this tokenizer has no BOS token", "give some")
 
 
 def test_prompt_longer_than_the_context(run: Any, tiny_checkpoint: Path) -> None:
     done = run("generate", "q" * 300, "-m", tiny_checkpoint)
-    refused(done, 2, "the prompt has 300 tokens; this model's context holds 256, so use at most 255")
+    refused(done, "the prompt has 300 tokens; this model's context holds 256, so use at most 255")
     warmed = run("generate", "q" * 300, "-m", tiny_checkpoint, "--draft", "lookup", "--compare")
-    refused(warmed, 2, "the prompt has 300 tokens")
+    refused(warmed, "the prompt has 300 tokens")
 
 
 def test_prompt_that_is_not_utf8(run: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
     bad = b"caf\xe9"
     done = run("generate", "-", "-m", tiny_checkpoint, input=bad)
-    refused(done, 2, "standard input is not UTF-8 text: byte 0xe9 at position 3", "convert it")
+    refused(done, "standard input is not UTF-8 text: byte 0xe9 at position 3", "convert it")
     (tmp_path / "latin.txt").write_bytes(bad)
     read = run("generate", "--file", tmp_path / "latin.txt", "-m", tiny_checkpoint)
-    refused(read, 2, f"{tmp_path}/latin.txt is not UTF-8 text: byte 0xe9 at position 3")
-    refused(run("generate", "caf\udce9", "-m", tiny_checkpoint), 2, "not valid text", "at character 3")
+    refused(read, f"{tmp_path}/latin.txt is not UTF-8 text: byte 0xe9 at position 3")
+    refused(run("generate", "caf\udce9", "-m", tiny_checkpoint), "not valid text", "at character 3")
 
 
 def test_no_such_file(run: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
     done = run("generate", "--file", tmp_path / "none.txt", "-m", tiny_checkpoint)
-    refused(done, 2, f"cannot read {tmp_path}/none.txt: No such file or directory")
-    refused(run("inspect", "--file", tmp_path, "-m", tiny_checkpoint), 2, "Is a directory")
+    refused(done, f"cannot read {tmp_path}/none.txt: No such file or directory")
+    refused(run("inspect", "--file", tmp_path, "-m", tiny_checkpoint), "Is a directory")
 
 
 # -- checkpoints
 
 
 def test_folder_that_is_no_checkpoint(run: Any, tmp_path: Path) -> None:
-    refused(run("generate", "a", "-m", tmp_path), 1, "has no config.json; a checkpoint folder holds")
-    refused(run("inspect", "-m", tmp_path / "none"), 1, "no such folder")
+    refused(run("generate", "a", "-m", tmp_path), "has no config.json; a checkpoint folder holds", status=1)
+    refused(run("inspect", "-m", tmp_path / "none"), "no such folder", status=1)
 
 
 def test_assistant_with_another_vocabulary(run: Any, tiny_checkpoint: Path, copy: Callable[..., Path]) -> None:
@@ -142,9 +130,9 @@ def test_assistant_with_another_vocabulary(run: Any, tiny_checkpoint: Path, copy
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (other / "tokenizer.json").write_text(json.dumps(table))
     done = run("generate", "a", "-m", tiny_checkpoint, "--draft", f"assistant:{other}")
-    refused(done, 2, "has another vocabulary: 2 of 320 tokens differ", "use a checkpoint with the same tokenizer")
+    refused(done, "has another vocabulary: 2 of 320 tokens differ", "use a checkpoint with the same tokenizer")
     shutil.rmtree(other)
-    refused(run("generate", "a", "-m", tiny_checkpoint, "--draft", f"assistant:{other}"), 1, "no such folder")
+    refused(run("generate", "a", "-m", tiny_checkpoint, "--draft", f"assistant:{other}"), "no such folder", status=1)
 
 
 def test_weights_that_are_not_numbers(run: Any, copy: Callable[..., Path]) -> None:
@@ -219,6 +207,6 @@ def test_unforeseen_errors_are_a_line_too(run: Any, tiny_checkpoint: Path, monke
         raise RuntimeError("disk on\nfire")
 
     monkeypatch.setattr("layerskip.llm.load", broken)
-    refused(run("generate", "a", "-m", tiny_checkpoint), 1, "RuntimeError: disk on fire", "run with --debug")
+    refused(run("generate", "a", "-m", tiny_checkpoint), "RuntimeError: disk on fire", "run with --debug", status=1)
     monkeypatch.setattr("layerskip.llm.load", lambda *a, **k: [][1])
     assert "IndexError" in run("inspect", "-m", tiny_checkpoint, "--debug").stderr

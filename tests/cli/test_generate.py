@@ -16,6 +16,7 @@ import pytest
 import layerskip
 from layerskip.cli import app
 from layerskip.decode import batch, joining
+from tests.cli.outcome import refused
 
 STORY = (
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
@@ -483,10 +484,7 @@ def test_choices_that_make_no_sense_are_refused(
     run: Any, tiny_checkpoint: Path, options: list[str], message: str
 ) -> None:
     done = run("generate", "the dog", "-m", tiny_checkpoint, *options)
-    assert done.exit_code == 2
-    [line] = done.stderr.splitlines()
-    assert line.startswith("error: ")
-    assert message in line
+    refused(done, message)
 
 
 @pytest.mark.parametrize(
