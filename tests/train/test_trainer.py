@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM, Trainer, TrainingArguments
 
 from layerskip.errors import NumericalError, RequestError
 from layerskip.train.trainer import LayerSkipConfig, LayerSkipTrainer
@@ -185,6 +185,15 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(causal: Callab
     assert kept == ["checkpoint-2", "checkpoint-4"]
     good = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4")
     assert all(bool(tensor.isfinite().all()) for tensor in good.state_dict().values())
+
+
+def test_logits_that_exits_cannot_share_are_refused(tmp_path: Path) -> None:
+    shape = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}
+    granite = GraniteConfig(
+        **shape, num_attention_heads=4, num_key_value_heads=2, pad_token_id=None, logits_scaling=2.0
+    )
+    with pytest.raises(RequestError, match="logits of GraniteForCausalLM are not its head"):
+        LayerSkipTrainer(GraniteForCausalLM(granite), LayerSkipConfig(**settings(tmp_path)))
 
 
 def test_settings_outside_the_model_are_refused(causal: Callable[..., Any], tmp_path: Path) -> None:

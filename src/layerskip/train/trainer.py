@@ -30,6 +30,7 @@ from layerskip.train.estimate import Estimate, Work, estimate
 from layerskip.train.exits import EarlyExits, ExitQuality
 from layerskip.train.hidden import HiddenDropout
 from layerskip.train.loss import IGNORED, Teachers
+from layerskip.train.parts import check_last_exit
 from layerskip.train.rates import rates
 from layerskip.train.saving import CompleteSaves
 from layerskip.train.sharding import ShardedTrainer
@@ -102,6 +103,8 @@ class LayerSkipTrainer(CompleteSaves, ShardedTrainer):
             references = [_reference(name, args) for name in names]
         assert isinstance(self.model, nn.Module)
         inner = self.model
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # sharded or empty weights cannot be run
+            check_last_exit(inner)
         self.exits = EarlyExits(inner, teachers=args.teachers(), chunk=args.loss_chunk or None, references=references)
         self.layers = self.exits.layers
         check_curriculum(args.curriculum, layers=self.layers, period=args.rotation)
