@@ -58,6 +58,12 @@ def check_number(name: str, value: object) -> None:
         raise RequestError(f"{name} {value!r} is not possible; use a number")
 
 
+def check_exit(exit: int, *, layers: int) -> None:
+    """Raises RequestError unless a model of so many layers has this exit."""
+    if not 1 <= exit <= layers:
+        raise RequestError(f"exit {exit} is not inside this {layers}-layer model; use 1..{layers}")
+
+
 def suggest(word: str, allowed: Iterable[str]) -> str:
     """The tail of an error message: the allowed word nearest to a misspelt one.
 

@@ -11,6 +11,7 @@ pytest.importorskip("lm_eval")
 
 from layerskip.cli import harness
 from layerskip.evaluate import record
+from tests.cli.outcome import refused
 
 
 def test_examples() -> None:
@@ -88,6 +89,31 @@ def test_what_cannot_be_asked_is_one_line(
     [line] = done.stderr.splitlines()
     assert line.startswith("error: ")
     assert message in line
+
+
+def test_exits_are_checked_before_any_of_them_runs(
+    run: Any, tiny_checkpoint: Path, local_tasks: Path, tmp_path: Path
+) -> None:
+    arguments = ("--harness", "choice", "--tasks-folder", local_tasks, "--exit", "2,40", "--output", tmp_path / "new")
+    refused(run("eval", "-m", tiny_checkpoint, *arguments), "exit 40 is not inside this 3-layer model; use 1..3")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--data", "x"),
+        ("--seen", "x"),
+        ("--shots-data", "x"),
+        ("--seed", 1),
+        ("--skip-long",),
+        ("--max-tokens", 0),
+        ("--allow-code-execution",),
+    ],
+    ids=lambda option: option[0],
+)
+def test_options_of_a_task_are_not_for_the_harness(run: Any, option: tuple[object, ...]) -> None:
+    refused(run("eval", "--harness", "choice", *option), f"{option[0]} is for --task; leave it out with --harness")
 
 
 def test_options_of_the_harness_need_it(run: Any) -> None:

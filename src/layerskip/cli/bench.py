@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Option
 
 from layerskip.cli.drafting import NARROW, corpus_option, head_option, label, refuse_options, vocabulary
-from layerskip.cli.flags import ModelFlags, ShowFlags
+from layerskip.cli.flags import ModelFlags, ShowFlags, read_exits
 from layerskip.cli.material import MaterialFlags
 from layerskip.cli.prompts import read_file
 from layerskip.cli.screen import Screen, write_json
@@ -77,7 +77,6 @@ class WayFlags:
 
     def ways(self, llm: LLM) -> list[Way]:
         """Plain decoding, each exit, and each drafter with each number of tokens. Raises what `LLM.drafter` raises."""
-        from layerskip.cli.evaluate import read_exits
         from layerskip.decode.drafters import EarlyExit
         from layerskip.evaluate.contest import PLAIN
         from layerskip.evaluate.ways import Way
@@ -88,8 +87,9 @@ class WayFlags:
         ranked = None if self.draft_corpus is None else llm.rank(read_file(self.draft_corpus))
         found = [Way(PLAIN)]
         if self.exit is not None:
-            exits = read_exits(self.exit, layers=llm.decoder.shape.layers)
-            found += [Way(f"exit {exit}", exit=exit) for exit in exits]
+            layers = llm.decoder.shape.layers
+            exits = read_exits(self.exit, layers=layers)
+            found += [Way(f"exit {exit}", exit=exit) for exit in exits if exit < layers]
         for words in self.drafts or ([] if self.exit else ["early-exit"]):
             for count, size, head in product(counts, sizes, heads):
                 if size and head == "int8" and 0 in sizes:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from layerskip.cli.drafting import DraftFlags, draft_record
-from layerskip.cli.flags import ModelFlags, ShowFlags
+from layerskip.cli.flags import ModelFlags, ShowFlags, read_exits
 from layerskip.cli.harness import HarnessFlags, run_harness
 from layerskip.cli.questions import TaskFlags, fitting_ones, read_questions
 from layerskip.cli.scores import show_quality
@@ -61,7 +61,7 @@ def evaluate(
             "drafter changes nothing; use one of them"
         )
     screen = Screen(no_color=show.no_color)
-    if harness.used(task=task.task):
+    if harness.used(task=task, allow=allow_code_execution):
         run_harness(
             harness,
             model=model,
@@ -79,11 +79,12 @@ def evaluate(
     llm = model.load()
     if task.skip_long:
         questions = fitting_ones(llm, questions, screen)
+    layers = llm.decoder.shape.layers
     drafter = draft.drafter(llm)
     found = _evaluated(
         llm,
         questions,
-        exits=None if exit is None else read_exits(exit, layers=llm.decoder.shape.layers),
+        exits=None if exit is None else [each for each in read_exits(exit, layers=layers) if each < layers],
         drafter=drafter,
         batch=batch,
         allow=allow_code_execution,
@@ -158,21 +159,3 @@ def _record(
         "batch": batch or llm.max_batch,
     }
     return {**about("eval", llm), "settings": settings, "draft": drafted, **found.record()}
-
-
-def read_exits(words: str, *, layers: int) -> list[int]:
-    """The exits that "all" or "2,4" mean, without the last, which is plain decoding.
-
-    Raises:
-        RequestError: neither "all" nor numbers, or an exit outside the model.
-    """
-    if words == "all":
-        return list(range(1, layers))
-    parts = words.split(",")
-    if not all(part.strip().isdecimal() for part in parts):
-        raise RequestError(f"--exit {words} is not possible; use all, or numbers of layers such as 2,4")
-    exits = sorted({int(part) for part in parts})
-    for exit in exits:
-        if not 1 <= exit <= layers:
-            raise RequestError(f"exit {exit} is not inside this {layers}-layer model; use 1..{layers}")
-    return [exit for exit in exits if exit < layers]

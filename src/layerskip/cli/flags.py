@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 from typer import Option
 
 from layerskip.cli.boundary import remember_debug
-from layerskip.errors import RequestError, suggest
+from layerskip.errors import RequestError, check_exit, suggest
 
 if TYPE_CHECKING:
     from layerskip.decode.sampling import Sampling
@@ -215,3 +215,16 @@ class ShowFlags:
         bool,
         _show("--debug", callback=remember_debug, is_eager=True, help="Show where an error comes from."),
     ] = False
+
+
+def read_exits(words: str, *, layers: int) -> list[int]:
+    """The exits that "all" or "2,4" mean, rising; the last layer where it is asked for. Raises RequestError."""
+    if words == "all":
+        return list(range(1, layers + 1))
+    parts = words.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise RequestError(f"--exit {words} is not possible; use all, or numbers of layers such as 2,4")
+    exits = sorted({int(part) for part in parts})
+    for exit in exits:
+        check_exit(exit, layers=layers)
+    return exits

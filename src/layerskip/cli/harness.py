@@ -7,22 +7,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from layerskip.cli.drafting import DraftFlags, draft_record
-from layerskip.cli.flags import ModelFlags
+from layerskip.cli.flags import ModelFlags, read_exits
 from layerskip.cli.screen import Screen, write_json
 from layerskip.errors import RequestError
 
 if TYPE_CHECKING:
+    from layerskip.cli.questions import TaskFlags
     from layerskip.evaluate.harness import Outcome
     from layerskip.evaluate.quality import Score
 
 _PANEL = "lm-evaluation-harness"
+_SHARED = ("limit", "shots")  # the options of a task that the harness reads too
 
 
 @dataclass(frozen=True)
@@ -52,19 +54,27 @@ class HarnessFlags:
         """The tasks that are asked for."""
         return [name.strip() for name in (self.harness or "").split(",") if name.strip()]
 
-    def used(self, *, task: str | None) -> bool:
+    def used(self, *, task: TaskFlags, allow: bool) -> bool:
         """Whether the harness shall run.
 
+        Args:
+            task: the options of a task of this package.
+            allow: whether what the model writes may be run.
+
         Raises:
-            RequestError: both it and a task of this package are asked for, or its options without it.
+            RequestError: both it and a task of this package are asked for, or the options of one for the other.
         """
         if self.harness is None:
             for name, value in (("--tasks-folder", self.tasks_folder), ("--chat-template", self.chat_template)):
                 if value:
                     raise RequestError(f"{name} is for tasks of lm-evaluation-harness; add --harness NAME")
             return False
-        if task is not None:
-            raise RequestError(f"--harness {self.harness} and --task {task} are two questions; use one of them")
+        if task.task is not None:
+            raise RequestError(f"--harness {self.harness} and --task {task.task} are two questions; use one of them")
+        given = [each.name for each in fields(task) if getattr(task, each.name) != each.default]
+        unread = [name for name in given if name not in _SHARED] + (["allow-code-execution"] if allow else [])
+        if unread:
+            raise RequestError(f"--{unread[0].replace('_', '-')} is for --task; leave it out with --harness")
         return True
 
 
@@ -97,7 +107,7 @@ def run_harness(
     llm = model.load()
     drafter = draft.drafter(llm)
     layers = llm.decoder.shape.layers
-    ways = [(way_name(each, layers), each) for each in ([None] if exit is None else read_ways(exit, layers=layers))]
+    ways = [(way_name(each, layers), each) for each in ([None] if exit is None else read_exits(exit, layers=layers))]
     if drafter is not None:
         from layerskip.evaluate.quality import drafter_name
 
@@ -126,20 +136,6 @@ def run_harness(
         write_json(record)
         return
     show(outcomes, screen)
-
-
-def read_ways(words: str, *, layers: int) -> list[int]:
-    """The exits that "all" or "2,4" mean, the last layer among them where it is asked for.
-
-    Raises:
-        RequestError: neither "all" nor numbers.
-    """
-    if words == "all":
-        return list(range(1, layers + 1))
-    parts = words.split(",")
-    if not all(part.strip().isdecimal() for part in parts):
-        raise RequestError(f"--exit {words} is not possible; use all, or numbers of layers such as 2,4")
-    return sorted({int(part) for part in parts})
 
 
 def way_name(exit: int | None, layers: int) -> str:

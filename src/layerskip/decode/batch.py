@@ -31,7 +31,7 @@ from layerskip.decode.request import Request, Round, Seconds, cut
 from layerskip.decode.sampling import Chosen, Law, Laws
 from layerskip.decode.tree import node_depths, tree_mask
 from layerskip.decode.verify import Uniforms, Verdict, verify_chain, verify_chosen, verify_tree
-from layerskip.errors import LayerSkipError, RequestError, check_whole
+from layerskip.errors import LayerSkipError, RequestError, check_exit, check_whole
 from layerskip.model.decoder import Decoder
 
 
@@ -80,8 +80,7 @@ class Batch:
         layers = decoder.shape.layers
         self.exit = layers if exit is None else exit
         check_whole("exit", self.exit)
-        if not 1 <= self.exit <= layers:
-            raise RequestError(f"exit {exit} is not inside this {layers}-layer model; use 1..{layers}")
+        check_exit(self.exit, layers=layers)
         if drafter is not None:
             if isinstance(drafter, type) or not hasattr(drafter, "propose"):  # a caller's mistake, named here
                 raise RequestError(f"draft {drafter!r} is not a drafter; use one such as layerskip.EarlyExit(3)")

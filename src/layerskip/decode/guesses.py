@@ -17,7 +17,7 @@ from torch import Tensor
 
 from layerskip.decode.numerics import diagnose
 from layerskip.decode.prefill import CHUNK, prefill
-from layerskip.errors import RequestError
+from layerskip.errors import RequestError, check_exit
 from layerskip.model.cache import Cache
 from layerskip.model.decoder import Decoder
 
@@ -70,8 +70,7 @@ def guess(
     """
     layers, ids = decoder.shape.layers, [*prompt, *text]
     for exit in exits:
-        if not 1 <= exit <= layers:
-            raise RequestError(f"exit {exit} is not inside this {layers}-layer model; use 1..{layers}")
+        check_exit(exit, layers=layers)
     if not prompt or not text:
         raise RequestError("guesses need a prompt and a text after it; give at least one token of each")
     cache = decoder.cache(rows=1, slots=len(ids) + min(BRANCHES, len(text) + 1) * beyond)

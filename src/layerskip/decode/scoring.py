@@ -14,7 +14,7 @@ from torch import Tensor
 
 from layerskip.decode.numerics import diagnose
 from layerskip.decode.prefill import CHUNK, prefill
-from layerskip.errors import RequestError
+from layerskip.errors import RequestError, check_exit
 from layerskip.model.decoder import Decoder
 
 
@@ -60,7 +60,7 @@ def score(decoder: Decoder, ids: Sequence[int], *, exits: Sequence[int]) -> list
     """
     context = decoder.shape.context
     for exit in exits:
-        _check_exit(decoder, exit)
+        check_exit(exit, layers=decoder.shape.layers)
     if not 2 <= len(ids) <= context:
         raise RequestError(f"the text has {len(ids)} tokens; to be scored it needs 2..{context}")
     cache = decoder.cache(rows=1, slots=len(ids))
@@ -108,7 +108,7 @@ def score_continuations(decoder: Decoder, pairs: Sequence[Pair], *, exit: int, r
         NumericalError: the logits are not finite; says where that begins.
         CapacityError: no memory for the cache of so many rows.
     """
-    _check_exit(decoder, exit)
+    check_exit(exit, layers=decoder.shape.layers)
     most = decoder.shape.context + 1
     for context, continuation in pairs:
         if not context or not continuation:
@@ -173,9 +173,3 @@ def _read(decoder: Decoder, states: Tensor, following: Tensor) -> tuple[list[flo
         logprobs += table.gather(-1, tokens[:, None])[:, 0].tolist()
         predictions += table.argmax(-1).tolist()
     return logprobs, predictions
-
-
-def _check_exit(decoder: Decoder, exit: int) -> None:
-    layers = decoder.shape.layers
-    if not 1 <= exit <= layers:
-        raise RequestError(f"exit {exit} is not inside this {layers}-layer model; use 1..{layers}")

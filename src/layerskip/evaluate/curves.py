@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from layerskip.decode.scoring import ExitScore
-from layerskip.errors import RequestError
+from layerskip.errors import RequestError, check_exit
 from layerskip.llm import LLM
 
 WINDOW = 512
@@ -69,9 +69,8 @@ def exit_curves(
     """
     layers = llm.decoder.shape.layers
     asked = sorted({*(range(1, layers + 1) if exits is None else exits), layers})
-    if not 1 <= asked[0] <= asked[-1] <= layers:
-        wrong = asked[0] if asked[0] < 1 else asked[-1]
-        raise RequestError(f"exit {wrong} is not inside this {layers}-layer model; use 1..{layers}")
+    for exit in (asked[0], asked[-1]):
+        check_exit(exit, layers=layers)
     if window < 2:
         raise RequestError(f"a window of {window} tokens predicts nothing; use 2 or more")
     sums = {exit: _Sums() for exit in asked}

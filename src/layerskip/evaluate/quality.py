@@ -13,7 +13,7 @@ from typing import Any
 
 from layerskip.decode.acceptance import Acceptance
 from layerskip.decode.draft import Drafter
-from layerskip.errors import RequestError
+from layerskip.errors import RequestError, check_exit
 from layerskip.evaluate.curves import Point, exit_curves
 from layerskip.evaluate.kept import Kept
 from layerskip.evaluate.prompts import encode_prompts
@@ -241,8 +241,8 @@ def _ways(llm: LLM, *, plain: bool, exits: Sequence[int] | None, draft: Drafter 
     if not ways:
         raise RequestError("nothing to evaluate: no plain decoding, no exits and no drafter; ask for one of them")
     for way in ways:
-        if way.exit is not None and not 1 <= way.exit <= layers:
-            raise RequestError(f"exit {way.exit} is not inside this {layers}-layer model; use 1..{layers}")
+        if way.exit is not None:
+            check_exit(way.exit, layers=layers)
         if way.draft is not None:
             way.draft.check(llm.decoder, exit=layers)
     return ways

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from layerskip.errors import RequestError, suggest
+from layerskip.errors import RequestError, check_exit, suggest
 
 CURRICULA = ("last", "all", "rotational", "gradual")
 
@@ -82,8 +82,7 @@ def exit_weights(exits: Sequence[int], *, layers: int, scale: float) -> tuple[fl
         raise RequestError(f"e_scale {scale} is not possible; use 0 or more")
     raw = []
     for exit in exits:
-        if not 1 <= exit <= layers:
-            raise RequestError(f"exit {exit} is not inside this {layers}-layer model; use 1..{layers}")
+        check_exit(exit, layers=layers)
         below = (exit - 1) * exit // 2  # sum of 0 .. exit-1
         raw.append(scale * below if exit < layers else (layers - 1) + scale * (layers - 2) * (layers - 1) / 2)
     total = sum(raw)

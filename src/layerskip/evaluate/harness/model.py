@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from layerskip.decode.acceptance import Acceptance
 from layerskip.decode.draft import Drafter
-from layerskip.errors import RequestError
+from layerskip.errors import RequestError, check_exit
 from layerskip.evaluate.follow import follow, fresh
 from layerskip.evaluate.harness.settings import MAX_TOKENS, Generation, read_settings
 from layerskip.llm import LLM
@@ -66,8 +66,8 @@ class LayerSkipLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no annotatio
         layers = llm.decoder.shape.layers
         if exit is not None and draft is not None:
             raise RequestError("both an exit and a drafter are given; an exit is lossy, a drafter exact: use one")
-        if exit is not None and not 1 <= exit <= layers:
-            raise RequestError(f"exit {exit} is not inside this {layers}-layer model; use 1..{layers}")
+        if exit is not None:
+            check_exit(exit, layers=layers)
         if draft is not None:
             draft.check(llm.decoder, exit=layers)
         self.llm = fresh(llm, batch=batch)
