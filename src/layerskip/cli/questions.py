@@ -77,7 +77,7 @@ class TaskFlags:
         Raises:
             RequestError: a task or its data were not named, are missing or malformed, or too few for the shots.
         """
-        from layerskip.evaluate import find_task
+        from layerskip.evaluate import find_task, topv2
 
         if self.task is None:
             raise RequestError("no task: give --task a name, such as topv2")
@@ -86,7 +86,9 @@ class TaskFlags:
             raise RequestError("no data: give --data a file, a folder, a pattern or hub")
         if self.shots_data is not None and not self.shots:
             raise RequestError(f"--shots-data {self.shots_data} needs --shots; say how many")
-        whole = make(self.data, seen=self.seen)
+        if self.seen is not None and self.task != "topv2":
+            raise RequestError(f"task {self.task} does not tell apart what was trained on; leave --seen out")
+        whole = make(self.data) if self.seen is None else topv2(self.data, seen=self.seen)
         asked = whole if self.limit is None else whole.limited(self.limit)
         if self.shots:
             examples = whole.items if self.shots_data is None else make(self.shots_data).items

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from layerskip.evaluate import sandbox
 from layerskip.evaluate.tasks.files import Hub, Record, records
-from layerskip.evaluate.tasks.task import Item, Task, refuse_seen
+from layerskip.evaluate.tasks.task import Item, Task
 
 _FUNCTION_ENDS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # of the paper; the body has been indented so far
 _BEGIN, _DONE = "[BEGIN]", "[DONE]"
@@ -34,17 +34,15 @@ class Check:
         return f"{self.before}{text}\n{self.after}\n"
 
 
-def humaneval(files: str | Path, *, seen: str | Path | None = None) -> Task:
+def humaneval(files: str | Path) -> Task:
     """HumanEval: rows with `prompt`, `test`, `entry_point`, and `canonical_solution` for shots.
 
     Args:
         files: JSON lines (a file, a folder, a pattern), or "hub" for openai/openai_humaneval.
-        seen: not of use here.
 
     Raises:
         RequestError: the data are missing or malformed.
     """
-    refuse_seen("humaneval", seen)
     items = []
     for row in records(files, hub=Hub("openai/openai_humaneval")):
         prompt, test = row.text("prompt"), row.optional("test")
@@ -62,19 +60,17 @@ def humaneval(files: str | Path, *, seen: str | Path | None = None) -> Task:
     )
 
 
-def mbpp(files: str | Path, *, seen: str | Path | None = None) -> Task:
+def mbpp(files: str | Path) -> Task:
     """MBPP: rows with `text` (or `prompt`), `test_list`, and `code` for shots.
 
     The prompt is the paper's; it names the tests, or nobody could know what the function is called.
 
     Args:
         files: JSON lines (a file, a folder, a pattern), or "hub" for google-research-datasets/mbpp.
-        seen: not of use here.
 
     Raises:
         RequestError: the data are missing or malformed.
     """
-    refuse_seen("mbpp", seen)
     items = []
     for row in records(files, hub=Hub("google-research-datasets/mbpp", "full")):
         code = row.optional("code")

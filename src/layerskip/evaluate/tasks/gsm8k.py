@@ -11,23 +11,21 @@ from pathlib import Path
 
 from layerskip.errors import RequestError
 from layerskip.evaluate.tasks.files import Hub, records
-from layerskip.evaluate.tasks.task import Item, Task, refuse_seen
+from layerskip.evaluate.tasks.task import Item, Task
 
 _MARK = "####"
 _NUMBER = re.compile(r"-?\$?\.?[0-9](?:[0-9]|,(?=[0-9]))*(?:\.[0-9]+)?")
 
 
-def gsm8k(files: str | Path, *, seen: str | Path | None = None) -> Task:
+def gsm8k(files: str | Path) -> Task:
     """Rows with `question` and `answer`, the answer's number behind ``####``.
 
     Args:
         files: JSON lines (a file, a folder, a pattern), or "hub" for openai/gsm8k.
-        seen: not of use here.
 
     Raises:
         RequestError: the data are missing or malformed, or an answer has no number.
     """
-    refuse_seen("gsm8k", seen)
     items = []
     for row in records(files, hub=Hub("openai/gsm8k", "main")):
         answer = row.optional("answer")

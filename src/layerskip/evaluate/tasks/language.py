@@ -7,24 +7,22 @@ from pathlib import Path
 
 from layerskip.errors import RequestError
 from layerskip.evaluate.tasks.files import Hub, find_files, hub_rows, named, on_hub, read_text, records
-from layerskip.evaluate.tasks.task import Item, Task, refuse_seen
+from layerskip.evaluate.tasks.task import Item, Task
 
 _END = "<|endoftext|>"  # parts the documents of a text file where it occurs
 _PIECE = 16_384  # letters of an item at most, so that a limit can spread over a long text
 
 
-def lm(files: str | Path, *, seen: str | Path | None = None) -> Task:
+def lm(files: str | Path) -> Task:
     """Texts: each text file is one, or several that ``<|endoftext|>`` parts; so is each `text` of JSON lines.
 
     Args:
         files: text files or JSON lines (a file, a folder, which means its ``*.txt``, a pattern), or "hub" for
             Salesforce/wikitext wikitext-2-raw-v1, whose rows are read as one text.
-        seen: not of use here.
 
     Raises:
         RequestError: the data are missing or malformed, or hold no text.
     """
-    refuse_seen("lm", seen)
     items = tuple(Item(piece) for text in _texts(files) for piece in _pieces(text) if piece.strip())
     if not items:
         raise RequestError(f"{files} holds no text; give at least two tokens of it")

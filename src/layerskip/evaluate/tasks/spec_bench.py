@@ -10,20 +10,18 @@ from pathlib import Path
 
 from layerskip.errors import RequestError
 from layerskip.evaluate.tasks.files import records
-from layerskip.evaluate.tasks.task import Item, Task, refuse_seen
+from layerskip.evaluate.tasks.task import Item, Task
 
 
-def spec_bench(files: str | Path, *, seen: str | Path | None = None) -> Task:
+def spec_bench(files: str | Path) -> Task:
     """Rows with `turns`, of which the first is the prompt, as it is, and `category`, which is the group.
 
     Args:
         files: JSON lines (a file, a folder, a pattern), or hub:NAME.
-        seen: not of use here.
 
     Raises:
         RequestError: the data are missing or malformed.
     """
-    refuse_seen("spec_bench", seen)
     items = []
     for row in records(files):
         turns = row.texts("turns")

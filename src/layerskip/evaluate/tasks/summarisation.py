@@ -15,42 +15,39 @@ from typing import Any
 
 from layerskip.errors import RequestError
 from layerskip.evaluate.tasks.files import Hub, records
-from layerskip.evaluate.tasks.task import Item, Task, refuse_seen
+from layerskip.evaluate.tasks.task import Item, Task
 
 METRICS = ("rouge1", "rouge2", "rougeL")
 _STOP = ("\nArticle:", "\n\n")
 
 
-def cnn_dm(files: str | Path, *, seen: str | Path | None = None) -> Task:
+def cnn_dm(files: str | Path) -> Task:
     """CNN/DailyMail: rows with `article` and `highlights`.
 
     Args:
         files: JSON lines (a file, a folder, a pattern), or "hub" for abisee/cnn_dailymail 3.0.0.
-        seen: not of use here.
 
     Raises:
         RequestError: the data are missing or malformed.
     """
     hub = Hub("abisee/cnn_dailymail", "3.0.0")
-    return _task("cnn_dm", files, seen, hub=hub, fields=("article", "highlights"), max_tokens=128)
+    return _task("cnn_dm", files, hub=hub, fields=("article", "highlights"), max_tokens=128)
 
 
-def xsum(files: str | Path, *, seen: str | Path | None = None) -> Task:
+def xsum(files: str | Path) -> Task:
     """XSum: rows with `document` and `summary`.
 
     Args:
         files: JSON lines (a file, a folder, a pattern), or "hub" for EdinburghNLP/xsum.
-        seen: not of use here.
 
     Raises:
         RequestError: the data are missing or malformed.
     """
     hub = Hub("EdinburghNLP/xsum")
-    return _task("xsum", files, seen, hub=hub, fields=("document", "summary"), max_tokens=64)
+    return _task("xsum", files, hub=hub, fields=("document", "summary"), max_tokens=64)
 
 
-def _task(name: str, files: str | Path, seen: object, *, hub: Hub, fields: tuple[str, str], max_tokens: int) -> Task:
-    refuse_seen(name, seen)
+def _task(name: str, files: str | Path, *, hub: Hub, fields: tuple[str, str], max_tokens: int) -> Task:
     article, summary = fields
     items = []
     for row in records(files, hub=hub):

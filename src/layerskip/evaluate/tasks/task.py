@@ -111,20 +111,13 @@ class Task:
 class Maker(Protocol):
     """Makes a task of data."""
 
-    def __call__(self, files: str | Path, *, seen: str | Path | None = None) -> Task:
+    def __call__(self, files: str | Path) -> Task:
         """Reads the task.
 
         Args:
             files: a file, a folder, a pattern, or hub[:NAME[:SUBSET][:SPLIT]] for a data set of the hub.
-            seen: what was trained on, for tasks that score the rest apart.
 
         Raises:
             RequestError: the data are missing or malformed.
         """
         ...
-
-
-def refuse_seen(name: str, seen: object) -> None:
-    """Raises RequestError where `seen` is given to a task that has no use for it."""
-    if seen is not None:
-        raise RequestError(f"task {name} does not tell apart what was trained on; leave --seen out")
