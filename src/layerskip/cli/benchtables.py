@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.status import Status
 
+from layerskip.cli.scores import accepted
 from layerskip.cli.screen import Screen
 
 if TYPE_CHECKING:
@@ -128,13 +129,9 @@ def accepted_line(cell: Record) -> str:
     """What became of the drafts: in all, at each position, and in how many rounds how much."""
     counts = cell["acceptance"]
     pairs = zip(counts["accepted_by_position"], counts["drafted_by_position"], strict=True)
-    positions = " ".join(f"{accepted / drafted:.0%}" for accepted, drafted in pairs)
+    positions = " ".join(f"{kept / drafted:.0%}" for kept, drafted in pairs)
     rounds = ", ".join(f"{size}: {count}" for size, count in counts["acceptance_histogram"].items())
-    return (
-        f"{cell['name']}: acceptance {counts['draft_acceptance_rate']:.1%}, "
-        f"{counts['mean_acceptance_length']:.2f} tokens/round ({counts['emitted_per_round']:.2f} emitted); "
-        f"by position {positions}; rounds by accepted tokens {rounds}"
-    )
+    return f"{cell['name']}: {accepted(counts)}; by position {positions}; rounds by accepted tokens {rounds}"
 
 
 def median(spread: Record | None, how: str, scale: float = 1.0) -> str:

@@ -15,6 +15,7 @@ import typer
 
 from layerskip.cli.drafting import DraftFlags, draft_record
 from layerskip.cli.flags import ModelFlags, read_exits
+from layerskip.cli.scores import accepted
 from layerskip.cli.screen import Screen, write_json
 from layerskip.errors import RequestError
 
@@ -183,8 +184,4 @@ def figure(score: Score) -> str:
 
 def drafted(name: str, acceptance: Any) -> str:
     """What became of the drafts."""
-    return (
-        f"{name}: acceptance {acceptance['draft_acceptance_rate']:.1%}, "
-        f"{acceptance['mean_acceptance_length']:.2f} tokens/round ({acceptance['emitted_per_round']:.2f} emitted); "
-        "exact: a drafter changes speed only"
-    )
+    return f"{name}: {accepted(acceptance)}; exact: a drafter changes speed only"

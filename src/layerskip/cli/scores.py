@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from layerskip.cli.screen import Screen
@@ -77,7 +78,14 @@ def drafted_line(result: Result) -> str:
     """What became of the drafts, and whether the texts are the plain ones."""
     record: dict[str, Any] = result.record()["acceptance"]
     return (
-        f"{result.name}: acceptance {record['draft_acceptance_rate']:.1%}, "
-        f"{record['mean_acceptance_length']:.2f} tokens/round ({record['emitted_per_round']:.2f} emitted); "
+        f"{result.name}: {accepted(record)}; "
         f"{result.identical:,} of {len(result.completions):,} texts identical to plain ones"
+    )
+
+
+def accepted(counts: Mapping[str, Any]) -> str:
+    """How much was accepted, of the counts in a record."""
+    return (
+        f"acceptance {counts['draft_acceptance_rate']:.1%}, "
+        f"{counts['mean_acceptance_length']:.2f} tokens/round ({counts['emitted_per_round']:.2f} emitted)"
     )

@@ -159,7 +159,6 @@ class StopStrings:
 
     Args:
         stops: the strings; may be empty, none of them may be.
-        include: whether the text keeps the stop string at its end.
 
     Raises:
         RequestError: a stop string is empty.
@@ -170,14 +169,13 @@ class StopStrings:
         (('the ', None), ('', None), ('', 'END'))
     """
 
-    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
+    def __init__(self, stops: Sequence[str]) -> None:
         if isinstance(stops, str):
             stops = (stops,)
         if "" in stops:
             raise RequestError("an empty stop string would end every text at once; leave it out")
         # The longest first, so that it wins among those that end at the same character.
         self._stops = sorted(set(stops), key=len, reverse=True)
-        self._include = include
         self._held = ""
         self._matched: str | None = None
 
@@ -202,7 +200,7 @@ class StopStrings:
             if ends:
                 end, self._matched = min(ends, key=lambda found: found[0])
                 self._held = ""
-                return buffer[: end if self._include else end - len(self._matched)], self._matched
+                return buffer[: end - len(self._matched)], self._matched
         longest = min(len(buffer), len(self._stops[0]) - 1) if self._stops else 0
         held = next((size for size in range(longest, 0, -1) if self._begins_a_stop(buffer[-size:])), 0)
         self._held = buffer[len(buffer) - held :]
@@ -244,7 +242,6 @@ class TextStream:
         prompt: the tokens before the generated ones; their text is not part of the stream.
         stops: stop strings.
         min_tokens: stop strings completed by the first `min_tokens` tokens are ordinary text, as in vLLM.
-        include_stop: whether the text keeps the stop string.
 
     Raises:
         RequestError: a stop string is empty.
@@ -269,10 +266,9 @@ class TextStream:
         prompt: Sequence[int] = (),
         stops: Sequence[str] = (),
         min_tokens: int = 0,
-        include_stop: bool = False,
     ) -> None:
         self._detokenizer = Detokenizer(tokenizer, context=prompt)
-        self._stops = StopStrings(stops, include=include_stop)
+        self._stops = StopStrings(stops)
         self._min_tokens = min_tokens
         self._tokens = 0
         self._stop: str | None = None

@@ -15,11 +15,12 @@ from layerskip.errors import CapacityError, RequestError
 from layerskip.evaluate.cell import Cell, Contender, Measured, cell
 from layerskip.evaluate.contest import PLAIN, Contest, Settings, Step, Texts, at_least_one
 from layerskip.evaluate.follow import follow, fresh
-from layerskip.evaluate.prompts import Prompt, encode_prompts
+from layerskip.evaluate.prompts import encode_prompts
 from layerskip.evaluate.ticks import Tick, read_ticks
 from layerskip.evaluate.ways import Way
 from layerskip.evaluate.weights import Weights
 from layerskip.llm import LLM, Chunk, Stream
+from layerskip.llm.prompts import Prompt
 
 
 def bench(

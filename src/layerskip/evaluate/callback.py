@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from layerskip.errors import CheckpointError, LayerSkipError, RequestError, check_whole
+from layerskip.errors import CheckpointError, LayerSkipError, RequestError
 from layerskip.evaluate.acceptance import Measurement, measure
+from layerskip.evaluate.contest import at_least_one
 from layerskip.evaluate.quality import ALL, evaluate
 from layerskip.evaluate.tasks import Task
 from layerskip.llm import LLM, load
@@ -70,9 +71,7 @@ class AcceptanceCallback(TrainerCallback):
             *(("exit", exit) for exit in self.exits or ()),
             *(("draft tokens", tokens) for tokens in self.draft_tokens),
         ]:
-            check_whole(name, number)
-            if number < 1:
-                raise RequestError(f"{name} {number} is not possible; use 1 or more")
+            at_least_one(name, number)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -167,7 +167,6 @@ def measure_costs(
     confident: bool,
     settings: Settings,
     rounds: int = 24,
-    seed: int = 0,
     see: Callable[[str], None] = lambda name: None,
 ) -> Costs:
     """Times rounds of real decoding: plainly, and drafted by the lowest, a middle and the deepest exit with the fewest,
@@ -184,7 +183,6 @@ def measure_costs(
         confident: whether thresholds are wanted too.
         settings: rows side by side, and the length of a text.
         rounds: of each kind at least, where three passes over the prompts give as many.
-        seed: of the order.
         see: called with the name of what runs next.
 
     Raises:
@@ -193,7 +191,7 @@ def measure_costs(
     runners = {kind: Ours(llm, _way(kind)) for kind in (STEP, *_kinds(exits, draft_tokens, confident=confident))}
     steps: list[float] = []
     found: dict[Kind, list[float]] = defaultdict(list)
-    order, counted = random.Random(seed), dict.fromkeys(runners, 0)
+    order, counted = random.Random(0), dict.fromkeys(runners, 0)
     for number, group in enumerate(_groups(prompts, settings.batch)):
         seconds: dict[Kind, list[float]] = defaultdict(list)
         for kind in order.sample(list(runners), len(runners)):

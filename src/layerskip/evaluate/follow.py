@@ -85,7 +85,7 @@ class Run:
         """The statistics in one line.
 
         Args:
-            label: the way of decoding, from `flags.label`.
+            label: the way of decoding.
             mode: exact or lossy, and the dtype.
         """
         counts = self.acceptance

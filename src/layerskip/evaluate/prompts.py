@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from layerskip.errors import RequestError
 from layerskip.llm import LLM
-
-Prompt = str | Sequence[int]
+from layerskip.llm.prompts import Prompt
 
 
 def encode_prompts(llm: LLM, prompts: Sequence[Prompt], *, called: str = "prompt", of: str = "") -> list[list[int]]:

@@ -71,13 +71,12 @@ class Results:
         self.notes.append(text)
         return True
 
-    def cells(self, batch: int | None = None) -> list[Cell]:
-        """The figures so far, of one batch size or of all."""
+    def cells(self) -> list[Cell]:
+        """The figures so far, of all batch sizes."""
         speed = self.bandwidth.bytes_per_second
         return [
             cell
             for round in self.rounds.values()
-            if batch in (None, round.batch)
             for cell in cells(round.who, round.repeats, batch=round.batch, bandwidth=speed)
         ]
 

@@ -194,8 +194,4 @@ def _run(llm: LLM, task: Task, prompts: Sequence[Sequence[int]], way: Way) -> Ru
     if run.interrupted:
         raise KeyboardInterrupt
     found = dict(zip(order, run.completions, strict=True))
-    return replace(
-        run,
-        completions=[found[i] for i in range(len(prompts))],
-        arrivals=[replace(arrival, index=order[arrival.index]) for arrival in run.arrivals],
-    )
+    return replace(run, completions=[found[i] for i in range(len(prompts))])

@@ -113,7 +113,7 @@ def drafter(
     for name in ("draft_exit", "draft_tokens"):
         if name in given and type(options[name]) is not int:
             raise RequestError(f"{name} {options[name]!r} is not possible; use a whole number")
-    return EarlyExit(exit, tokens=4 if tokens is None else tokens, confidence=confidence)
+    return EarlyExit(exit, tokens=tokens, confidence=confidence)
 
 
 def stop_criteria(stop_strings: str | list[str], tokenizer: PreTrainedTokenizerBase | None) -> StopStringCriteria:

@@ -7,13 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from layerskip.decode.acceptance import Acceptance
 from layerskip.decode.logprobs import TokenLogprob
-
-if TYPE_CHECKING:
-    pass
 
 Mode = Literal["exact", "lossy"]
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from layerskip.errors import RequestError
-
-if TYPE_CHECKING:
-    pass
 
 Prompt = str | Sequence[int]
 """A text, or the token ids of one."""

@@ -151,14 +151,14 @@ class Run:
         unwrap(model).config.use_cache = True
         _round_to(model, self.recipe.save_dtype, keep=True)
         self.trainer.save_model()
-        resumed_at = int(self.resume_from.name.rsplit("-", 1)[1]) if self.resume_from else None
+        resumed_at = self._done() if self.resume_from else None
         measured = self._finish(model, started, metrics, seconds, measure) if self._first else None
         self.trainer.accelerator.wait_for_everyone()
         return Outcome(self.folder, metrics, measured, state.global_step, resumed_at, seconds)
 
     def estimate(self) -> Estimate:
         """Seconds and bytes of what is still to do."""
-        return self.trainer.estimate(done=int(self.resume_from.name.rsplit("-", 1)[1]) if self.resume_from else 0)
+        return self.trainer.estimate(done=self._done())
 
     def _report_data(self) -> None:
         found = self.examples

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from layerskip.decode.controllers.fixed import check_tokens
 from layerskip.decode.draft import Draft, Outcome, Rows
 from layerskip.errors import RequestError, check_whole
 from layerskip.model.decoder import Decoder
@@ -69,13 +70,11 @@ class Lookup:
     name = "lookup"
 
     def __init__(self, *, tokens: int = 8, ngram: int = 3, predicted: str | Sequence[int] = ()) -> None:
-        check_whole("draft tokens", tokens)
+        self.tokens = check_tokens(tokens)
         check_whole("ngram", ngram)
-        if tokens < 1:
-            raise RequestError(f"drafting {tokens} tokens a round is not possible; use 1 or more, or no drafter")
         if ngram < 1:
             raise RequestError(f"looking up n-grams of {ngram} tokens is not possible; use 1 or more")
-        self.tokens, self.ngram, self.predicted = tokens, ngram, predicted
+        self.ngram, self.predicted = ngram, predicted
         self._contexts: dict[int, NgramIndex] = {}
         self._prediction = NgramIndex(ngram)
 

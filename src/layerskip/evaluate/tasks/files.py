@@ -75,19 +75,18 @@ class Record:
         return tuple(value)
 
 
-def records(data: str | Path, *, hub: Hub | None = None, inside: str = "*.jsonl") -> Iterator[Record]:
+def records(data: str | Path, *, hub: Hub | None = None) -> Iterator[Record]:
     """The rows of some data.
 
     Args:
         data: a file, a folder or a pattern of JSON lines, or "hub", "hub:NAME", "hub:NAME:SPLIT",
             "hub:NAME:SUBSET:SPLIT".
         hub: what "hub" alone means, and the split of "hub:NAME".
-        inside: the pattern of a folder's files.
 
     Raises:
         RequestError: nothing is found, a file cannot be read, a line is no JSON object, or there are no rows.
     """
-    found = hub_rows(named(str(data), default=hub)) if on_hub(data) else _lines(find_files(data, inside=inside))
+    found = hub_rows(named(str(data), default=hub)) if on_hub(data) else _lines(find_files(data, inside="*.jsonl"))
     empty = True
     for record in found:
         yield record
