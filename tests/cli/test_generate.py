@@ -461,7 +461,7 @@ def test_draft_lengths_are_found(run: Any, copy: Any, draft: str, length: str) -
     done = run("generate", "the dog", "-m", folder, "--draft", draft, "--draft-length", length, "--max-tokens", 12)
     assert done.stdout == layerskip.load(folder).generate("the dog", max_tokens=12).text + "\n"
     name = draft if ":" in draft else f"{draft}:1"
-    assert f"; {name} K=16" in done.stderr
+    assert f"; {name} K=16 {length}" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,12 @@ from layerskip.decode.batch import Batch
 from layerskip.decode.draft import Drafter, Outcome, Rows
 from layerskip.decode.drafters import Assistant, Auto, Cascade, EarlyExit, Lookup
 from layerskip.decode.drafters.auto import AutoDraft
+from layerskip.decode.drafters.cascade import CascadeDraft
+from layerskip.decode.drafters.copies import Copy
 from layerskip.decode.pool import Pool
+from layerskip.decode.randomness import Purpose, uniform
 from layerskip.decode.request import Request
-from layerskip.decode.sampling import Sampling
+from layerskip.decode.sampling import Law, Sampling, draw
 from layerskip.errors import RequestError
 from layerskip.model.decoder import Decoder
 
@@ -30,7 +33,7 @@ ROUGH = Sampling(temperature=0.9, top_p=0.95, repetition_penalty=1.2, frequency_
 
 
 class Restless(Auto):
-    """Takes up another exit, or none, every round, and looks at all the others."""
+    """Takes up another exit, or none, every round, and looks at others."""
 
     def propose(self, rows: Rows, tokens: int) -> Any:
         mind = self._mind(rows)
@@ -150,17 +153,20 @@ def test_what_an_exit_is_seen_to_say_is_what_it_would_draft(
         ids = torch.tensor([[*PROMPTS[0], *text]])
         at, hidden = torch.arange(ids.shape[1])[None], decoder.embed(ids)
         cache = decoder.cache(rows=1, slots=ids.shape[1])
-        greedy = {}
+        law = Law([sampling], V, ids=[PROMPTS[0]])
+        numbers = uniform(torch.tensor([sampling.seed or 0]), at + 1, Purpose.TOKEN)
+        drawn = {}
         for exit in (1, 2, 3):
             hidden = decoder.run(hidden, at, cache, exit - 1, exit)
-            greedy[exit] = decoder.logits(hidden)[0].argmax(-1).tolist()
+            chain = ids[:, 1:], torch.ones(ids.shape[1], ids.shape[1] - 1, dtype=torch.bool).tril(-1)
+            drawn[exit] = draw(law(decoder.logits(hidden), *chain), numbers)[0].tolist()
     where, pairs = len(PROMPTS[0]) - 1, set()
     begins = 0
     for exit, used, said, emitted in drafter.told:
         begins = next(i for i in range(begins, len(text)) if text[i : i + len(emitted)] == emitted)
         pairs.add((exit, used))
-        if not sampling.temperature:
-            assert said[: len(emitted)] == greedy[exit][where + begins :][: len(said[: len(emitted)])]
+        along = said[: len(emitted)]
+        assert along == drawn[exit][where + begins :][: len(along)]
     assert {exit < used for exit, used in pairs if used} == {True, False}
     assert any(used == 0 for _, used in pairs)
 
@@ -253,20 +259,62 @@ def test_overhead_is_counted_and_bounded(
 
 
 def test_copies_are_used_where_the_text_repeats_itself(clock: Clock, models: Any, generate: Callable[..., Any]) -> None:
-    never = models[0]
-    ids = PROMPTS[2]
-    text = generate(never, [Request(ids, 40)]).texts[0]
+    """An exit that is never wrong would be slower than copies, which take no pass."""
+    request = Request(PROMPTS[5], 80)  # goes on with the same token for ever
     drafter = Auto(clock=clock)
-    for _ in range(3):  # the answer stands in the prompt, as when a text is to be corrected
-        run = generate(never, [Request([*ids, *text, *ids], 40)], drafter=drafter)
-        assert run.texts == generate(never, [Request([*ids, *text, *ids], 40)]).texts
-    cascade = Cascade(Lookup(), EarlyExit(2))
-    run = generate(never, [Request([*ids, *text, *ids], 40)], drafter=cascade)
-    assert run.texts == generate(never, [Request([*ids, *text, *ids], 40)]).texts
-    assert {"lookup", "plain"} <= {*drafter.counts}
+    for each in (drafter, Cascade(Lookup(), EarlyExit(2))):
+        run = generate(models[1], [request], drafter=each)
+        assert run.texts == generate(models[1], [request]).texts
+        copied = sum(len(done.drafted) for rounds in run.rounds for done in rounds if done.seconds.draft < 2)
+        assert copied > 50
+        assert run.accepted > 60
+    assert drafter.counts["lookup"].drafted > 50
 
 
 # -- sharing, and what is refused
+
+
+class Rounds:
+    """A cascade that is told what its rounds took; each has 8 tokens to copy."""
+
+    def __init__(self) -> None:
+        self.cascade, self.found = Cascade(Lookup(), EarlyExit(2)), [Copy([7] * 8, 3)]
+
+    def copies(self) -> bool:
+        return self.cascade._pays(self.found)
+
+    def copied(self, seconds: float, kept: int) -> None:
+        self._done(CascadeDraft(torch.zeros(1, 8, dtype=torch.long), found=self.found, copies=True), seconds, kept)
+
+    def drawn(self, seconds: float) -> None:
+        self._done(CascadeDraft(torch.zeros(1, 4, dtype=torch.long), found=self.found), seconds, 0)
+
+    def _done(self, draft: CascadeDraft, seconds: float, kept: int) -> None:
+        none = torch.zeros(1, 1, 1)
+        text = [[7] * kept + [8]]
+        self.cascade.observe(Any, draft, Outcome(none, none, [kept], [[*range(kept)]], text, 0.0, seconds))  # type: ignore[arg-type]
+
+
+def test_copies_do_not_go_on_before_the_exit_was_tried() -> None:
+    """Copies that never match would be all that there ever is."""
+    rounds = Rounds()
+    assert rounds.copies()
+    rounds.copied(0.015, kept=0)
+    assert not rounds.copies()  # the exit's turn
+    rounds.drawn(0.01)
+    while rounds.copies():
+        rounds.copied(0.015, kept=0)
+        assert rounds.cascade._copy[1].count < 9
+    assert rounds.cascade._copy[1].known
+
+
+def test_one_slow_copy_does_not_end_copying() -> None:
+    rounds = Rounds()
+    rounds.copied(0.15, kept=8)
+    rounds.drawn(0.01)
+    for _ in range(20):
+        assert rounds.copies()
+        rounds.copied(0.012, kept=8)
 
 
 def test_one_serves_threads(target_of: Callable[..., Any], generate: Callable[..., Any]) -> None:
@@ -286,14 +334,18 @@ def test_one_serves_threads(target_of: Callable[..., Any], generate: Callable[..
 
 def test_rows_that_leave_are_forgotten(target_of: Callable[..., Any]) -> None:
     decoder = target_of("llama", prompts=PROMPTS).decoder
-    for drafter in (Auto(), Cascade(Lookup(), EarlyExit(2))):
+    narrow = Auto(exit=2, vocabulary=9)
+    for drafter in (Auto(), narrow, Cascade(Lookup(), EarlyExit(2))):
         batch = Batch(decoder, Pool(decoder.cache(rows=1, slots=16)), drafter=drafter)
         batch.join([Request(ids, N) for ids in PROMPTS[:3]])
         batch.round()
-        batch.close()
         lookup = drafter.lookup if isinstance(drafter, Cascade) else drafter._copies and drafter._copies.lookup
         assert lookup is not None
+        assert len(lookup._contexts) == 3
+        assert isinstance(drafter, Cascade) or drafter._heads is None or len(drafter._heads._seen) == 3  # type: ignore[union-attr]
+        batch.close()
         assert not lookup._contexts
+    assert not narrow._heads._seen  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(

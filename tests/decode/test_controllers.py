@@ -80,7 +80,10 @@ def test_rows_pass_a_threshold_one_by_one() -> None:
 
 def test_a_broken_confidence_ends_the_draft() -> None:
     assert ends_of(Learned(1.0).plan(9, price=0.1))([math.nan])
-    Calibration().add(math.nan, True)
+    unmoved, surest = Calibration(), Calibration()
+    unmoved.add(math.nan, True)
+    surest.add(1.0, True)
+    assert unmoved.values == Calibration().values != surest.values
 
 
 def test_what_the_end_of_a_text_cut_off_was_not_judged() -> None:

@@ -11,6 +11,7 @@ import torch
 from layerskip.decode.controllers import Plan
 from layerskip.decode.controllers.choice import PLAIN, Decision, candidates, fastest
 from layerskip.decode.controllers.online import Online
+from layerskip.decode.controllers.seconds import ROW
 from layerskip.decode.draft import Draft, Outcome
 from layerskip.model.stop import Ends
 
@@ -251,3 +252,17 @@ def test_the_fastest_of_all_against_every_setting() -> None:
     best = max((expected(e, k) / seconds(e, k), e, k) for e in range(1, 9) for k in range(1, 11))
     assert (found.rate, found.exit, found.tokens) == pytest.approx(best)
     assert fastest([], expected=expected, seconds=seconds, plain=None, most=3).exit == PLAIN
+
+
+def test_one_slow_copy_says_little() -> None:
+    """The first round of a kind may take ten times as long; believed, it would forbid all others for good."""
+    mind = online()
+    Machine(NEVER).run(mind, 5)
+
+    def copied(seconds: float) -> float | None:
+        outcome = Outcome(EMPTY, EMPTY, [8], [[*range(8)]], [[1] * 9], 0.0, seconds)
+        mind.learn_copy(Draft(torch.zeros(1, 8, dtype=torch.long)), outcome)
+        return mind.copy_seconds(1, 8)
+
+    assert copied(0.15) == mind.copy_seconds(1, 8) == pytest.approx(0.009 * (1 + 8 * ROW))
+    assert [copied(0.02) for _ in range(5)][-1] == pytest.approx(0.02, rel=0.05)

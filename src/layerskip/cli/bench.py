@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from layerskip.cli.drafting import NARROW, corpus_option, head_option, label, refuse_options, vocabulary
+from layerskip.cli.drafting import (
+    NARROW,
+    confidence,
+    corpus_option,
+    head_option,
+    label,
+    refuse_options,
+    vocabulary,
+)
 from layerskip.cli.flags import ModelFlags, ShowFlags, read_exits
 from layerskip.cli.material import MaterialFlags
 from layerskip.cli.prompts import read_file
@@ -77,7 +85,6 @@ class WayFlags:
 
     def ways(self, llm: LLM) -> list[Way]:
         """Plain decoding, each exit, and each drafter with each number of tokens. Raises what `LLM.drafter` raises."""
-        from layerskip.decode.drafters import EarlyExit
         from layerskip.evaluate.contest import PLAIN
         from layerskip.evaluate.ways import Way
 
@@ -103,9 +110,8 @@ class WayFlags:
                     head=head,
                 )
                 if drafter is not None:
-                    # a checkpoint may recommend one
-                    confidence = drafter.confidence if isinstance(drafter, EarlyExit) else self.confidence
-                    stops = "" if confidence is None else f" P={confidence:g}"
+                    sure = confidence(drafter)
+                    stops = "" if sure is None else f" P={sure:g}"
                     found.append(Way(label(words, drafter) + stops, drafter))
         if all(way.draft is None for way in found):
             refuse_options(self, "draft_tokens", "confidence", *NARROW)

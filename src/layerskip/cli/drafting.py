@@ -102,8 +102,8 @@ class DraftFlags:
 
     def or_auto(self, llm: LLM) -> DraftFlags:
         """With "auto" where no drafter is named and the checkpoint recommends an exit."""
-        chosen = self.confidence is None and self.draft_length is None
-        return replace(self, named="auto") if self.named is None and chosen and llm.recommended else self
+        free = self.named is None and self.confidence is None and self.draft_length is None
+        return replace(self, named="auto") if free and llm.recommended else self
 
 
 NARROW = ("draft_vocabulary", "draft_head", "draft_corpus")
@@ -141,7 +141,7 @@ def label(words: str, drafter: Drafter | None) -> str:
         return "plain"
     if isinstance(drafter, Auto) and drafter.tokens == MOST:
         return words + narrowness(drafter)
-    rule = getattr(drafter, "length", "fixed")  # not every drafter has one
+    rule = getattr(_drawing(drafter), "length", "fixed")  # not every drafter has one
     length = "" if rule == "fixed" else f" {rule}"
     return f"{_whole(words, drafter)} K={drafter.tokens}{length}{narrowness(drafter)}"
 
@@ -157,24 +157,35 @@ def account(drafter: Drafter | None) -> str | None:
     return line
 
 
+def confidence(drafter: Drafter) -> float | None:
+    """Where its drafts end: as asked, or as the checkpoint recommends."""
+    found: float | None = getattr(_drawing(drafter), "confidence", None)  # not every drafter has one
+    return found
+
+
+def _drawing(drafter: Drafter) -> Drafter:
+    """What draws the tokens that it does not copy."""
+    from layerskip.decode.drafters import Cascade
+
+    return drafter.exit if isinstance(drafter, Cascade) else drafter
+
+
 def _whole(words: str, drafter: Drafter) -> str:
     """The words with what they leave to the checkpoint."""
-    from layerskip.decode.drafters import Cascade, EarlyExit
+    from layerskip.decode.drafters import EarlyExit
 
-    early = drafter.exit if isinstance(drafter, Cascade) else drafter
+    early = _drawing(drafter)
     return f"{words}:{early.exit}" if ":" not in words and isinstance(early, EarlyExit) else words
 
 
 def draft_record(flags: DraftFlags, drafter: Drafter | None) -> dict[str, Any] | None:
-    """The same for JSON."""
-    from layerskip.decode.drafters import Auto, EarlyExit
+    """What drafts, for JSON."""
+    from layerskip.decode.drafters import Auto
 
     if drafter is None:
         return None
     chosen = {"chosen": drafter.record()} if isinstance(drafter, Auto) else {}
-    # a checkpoint may recommend one
-    confidence = drafter.confidence if isinstance(drafter, EarlyExit) else flags.confidence
-    named = {"drafter": _whole(flags.draft, drafter), "tokens": drafter.tokens, "confidence": confidence}
+    named = {"drafter": _whole(flags.draft, drafter), "tokens": drafter.tokens, "confidence": confidence(drafter)}
     found: dict[str, Any] = {} if flags.draft_length is None else {"length": flags.draft_length}
     size = getattr(drafter, "vocabulary", None)  # a checkpoint may recommend this too; not every drafter has it
     found |= {} if size is None else {"vocabulary": size}

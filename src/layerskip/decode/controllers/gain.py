@@ -25,6 +25,9 @@ from layerskip.decode.controllers.seconds import Pace, bucket
 from layerskip.decode.draft import Draft, Outcome
 from layerskip.model.stop import Stop
 
+PRICE = 0.3
+"""What a drafted token costs, in emitted tokens of a row, before a round was measured."""
+
 
 class Learned:
     """What a drafter's past rounds say about its tokens: rates, by place and by confidence.
@@ -101,7 +104,7 @@ class Gain:
 
     def _price(self, kind: int, rows: int) -> float:
         token = self._spent[kind].token
-        return self._paces[kind].step / token if token else 0.3 * rows  # a guess, for the first round
+        return self._paces[kind].step / token if token else PRICE * rows
 
 
 class Spent:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from layerskip.decode.controllers.choice import PLAIN, Decision, Fastest, candidates, fastest
-from layerskip.decode.controllers.gain import Learned
+from layerskip.decode.controllers.gain import PRICE, Learned
 from layerskip.decode.controllers.places import WAIT, Place, Places
 from layerskip.decode.controllers.seconds import ROW, Pace
 from layerskip.decode.draft import Draft, Outcome
@@ -104,7 +104,7 @@ class Online:
         token, taps = self._token(place, rows), self._taps(place)
         if place.exit == PLAIN:
             return Decision(PLAIN, taps=taps, token=token)
-        price = self.places.line(place, place.exit)[1] / token if token else 0.3 * rows  # a guess, for the first round
+        price = self.places.line(place, place.exit)[1] / token if token else PRICE * rows
         plan = self.learned[place.exit].plan(self.tokens, price=price)  # as long as the next token pays
         return Decision(place.exit, plan, taps, token)
 
@@ -112,7 +112,7 @@ class Online:
         """What a round that copies so many tokens takes; None where nothing is known."""
         place = self.places.at(rows)
         pace = place.paces.get(PLAIN)
-        if pace is not None:
+        if pace is not None and pace.known:
             return pace.start + pace.step * width
         return None if place.step is None else place.step * (1 + ROW * width)
 

@@ -116,6 +116,11 @@ class Pace:
         return self.draft.count
 
     @property
+    def known(self) -> bool:
+        """Whether a median of rounds speaks: a first one that was slow would, believed, forbid all others."""
+        return self.count > _FEW
+
+    @property
     def start(self) -> float:
         """Seconds of a round whatever it drafts."""
         return self.draft.start + self.verify.start

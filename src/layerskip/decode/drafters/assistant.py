@@ -47,7 +47,7 @@ class Assistant:
         confidence: float | None = None,
         length: str = "fixed",
     ) -> None:
-        self.decoder = decoder
+        self.decoder, self.confidence, self.length = decoder, confidence, length
         self.controller: Controller = controller_for(tokens, confidence=confidence, length=length)
         self._pool = Pool(decoder.cache(rows=1, slots=64))
         self._lock = threading.Lock()  # one assistant may draft for several batches

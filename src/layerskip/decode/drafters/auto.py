@@ -23,11 +23,11 @@ from layerskip.decode.controllers.online import Online
 from layerskip.decode.draft import Draft, Outcome, Rows
 from layerskip.decode.drafters.cascade import copying_pays
 from layerskip.decode.drafters.copies import Copies, Copy
-from layerskip.decode.drafters.early_exit import draft_at, heads, run_on
+from layerskip.decode.drafters.early_exit import check_draft_exit, draft_at, heads, run_on
 from layerskip.decode.drafters.lookup import Lookup
 from layerskip.decode.randomness import Purpose
 from layerskip.decode.sampling import draw
-from layerskip.errors import RequestError, check_number, check_whole
+from layerskip.errors import RequestError, check_number
 from layerskip.model.decoder import Decoder
 from layerskip.model.shape import Shape
 
@@ -107,9 +107,7 @@ class Auto:
     ) -> None:
         self.tokens = check_tokens(tokens)
         if exit is not None:
-            check_whole("draft exit", exit)
-            if exit < 1:
-                raise RequestError(f"draft exit {exit} is not possible; use 1 or more layers")
+            check_draft_exit(exit)
         for place, guess in (guesses or {}).items():
             check_number(f"acceptance of exit {place}", guess)
             if not 0 <= guess <= 1:
@@ -118,10 +116,9 @@ class Auto:
         self.vocabulary, self.head = vocabulary, head
         self._heads = heads(head, vocabulary, ranked)
         self.counts: dict[str, Count] = {}
-        self.choosing = 0.0
         self._copies = Copies(Lookup(tokens=tokens)) if lookup else None
-        self._minds: dict[tuple[Shape, int], Online] = {}
-        self._last: tuple[Shape, int, Online] | None = None  # finding it by all of a shape takes microseconds
+        self._minds: dict[tuple[Shape, int, bool], Online] = {}
+        self._last: tuple[Shape, int, bool, Online] | None = None  # finding it by all of a shape takes microseconds
         self._clock, self._lock = clock, threading.Lock()
         self._chosen = "plain"
 
@@ -136,21 +133,20 @@ class Auto:
 
     def propose(self, rows: Rows, tokens: int) -> Draft:
         """One kind of draft for all rows, or an empty one."""
-        began, count = self._clock(), len(rows.ids)
+        count = len(rows.ids)
         with self._lock:
-            mind = self._mind(rows)
+            began, mind = self._clock(), self._mind(rows)
             decision = mind.decide(count)
             found = self._copies.find(rows, tokens) if self._copies is not None and decision.watched else []
             copies = bool(found) and self._copying_pays(mind, decision, found)
-        notes: dict[str, Any] = {"mind": mind, "found": found, "choosing": self._clock() - began}
+            notes: dict[str, Any] = {"mind": mind, "found": found, "choosing": self._clock() - began}
         if copies:
             assert self._copies is not None
             draft = self._copies.draft(rows, found)
             return AutoDraft(**vars(draft), decision=decision, copies=True, **notes)
         states: dict[int, Tensor] = {}
-        # a list of tokens would move the others' places, by which draws match the target's
-        fits = rows.law.greedy or self.vocabulary is None
-        head = self._heads.head(rows) if self._heads is not None and fits else None
+        predicts = decision.exit != PLAIN or decision.taps
+        head = self._heads.head(rows) if self._heads is not None and predicts and self._fits(rows) else None
         predict = rows.decoder.logits if head is None else partial(head.logits, rows.decoder)
         if decision.exit != PLAIN:
             draft, states = draft_at(
@@ -175,8 +171,8 @@ class Auto:
 
     def observe(self, rows: Rows, draft: Draft, outcome: Outcome) -> None:
         """Learns from the round."""
-        began = self._clock()
         with self._lock:
+            began = self._clock()
             if not isinstance(draft, AutoDraft) or draft.mind is None:  # no room was left to draft
                 mind, choosing = self._mind(rows), 0.0
                 mind.learn(Decision(PLAIN), draft, outcome)
@@ -185,7 +181,6 @@ class Auto:
                 mind, choosing = draft.mind, draft.choosing
                 self._learn(mind, draft, outcome)
             spent = choosing + self._clock() - began
-            self.choosing += spent
             mind.overhead += spent
 
     # -- what it does
@@ -243,21 +238,26 @@ class Auto:
     # -- parts
 
     def _mind(self, rows: Rows) -> Online:
-        """What is known of this model at this depth; one decoded deeper is another one."""
-        shape, last = rows.decoder.shape, self._last
-        if last is not None and last[0] is shape and last[1] == rows.exit:
-            return last[2]
-        mind = self._minds.get((shape, rows.exit))
+        """What is known of models of this shape at this depth, drafting through this head."""
+        shape, fits, last = rows.decoder.shape, self._fits(rows), self._last
+        if last is not None and last[0] is shape and last[1:3] == (rows.exit, fits):
+            return last[3]
+        mind = self._minds.get((shape, rows.exit, fits))
         if mind is None:
-            mind = self._minds[shape, rows.exit] = Online(
+            mind = self._minds[shape, rows.exit, fits] = Online(
                 rows.exit,
-                head=head_layers(shape) * self._share(shape),
+                head=head_layers(shape) * (self._share(shape) if fits else 1.0),
                 tokens=self.tokens,
                 start=self.exit,
                 guesses=self.guesses,
             )
-        self._last = (shape, rows.exit, mind)
+        self._last = (shape, rows.exit, fits, mind)
         return mind
+
+    def _fits(self, rows: Rows) -> bool:
+        """Whether what it drafts through suits the rows: a list of tokens would move the others' places, by which draws
+        match the target's."""
+        return self.vocabulary is None or rows.law.greedy
 
     def _share(self, shape: Shape) -> float:
         """What the head that drafts weighs, as a share of the model's own."""

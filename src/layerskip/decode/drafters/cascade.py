@@ -100,8 +100,8 @@ class Cascade:
         if not width:
             return False
         pace, token = self._copy[bucket(len(found))], self._drawn[bucket(len(found))].token
-        if not pace.count or not token:
-            return all(copy.tokens for copy in found)  # until either was measured: where every row has one
+        if not (pace.known and token):  # where every row has one, until both were measured
+            return all(copy.tokens for copy in found) and (token > 0 or not pace.count)
         return copying_pays(self._copies.expected(found), pace.start + pace.step * width, token=token)
 
 

@@ -62,9 +62,7 @@ class EarlyExit:
         ranked: Sequence[int] = (),
         head: str = "own",
     ) -> None:
-        check_whole("draft exit", exit)
-        if exit < 1:
-            raise RequestError(f"draft exit {exit} is not possible; use 1 or more layers")
+        check_draft_exit(exit)
         self.exit, self.confidence, self.length = exit, confidence, length
         self.controller: Controller = controller_for(tokens, confidence=confidence, length=length)
         self.vocabulary, self.head = vocabulary, head
@@ -99,6 +97,13 @@ class EarlyExit:
     def observe(self, rows: Rows, draft: Draft, outcome: Outcome) -> None:
         """Tells the controller what became of the draft."""
         self.controller.learn(draft, outcome)
+
+
+def check_draft_exit(exit: int) -> None:
+    """Raises RequestError where it is no number of layers."""
+    check_whole("draft exit", exit)
+    if exit < 1:
+        raise RequestError(f"draft exit {exit} is not possible; use 1 or more layers")
 
 
 def heads(head: str, vocabulary: int | None, ranked: Sequence[int]) -> Narrowed | Coarse | None:

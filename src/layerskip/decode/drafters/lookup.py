@@ -8,6 +8,7 @@ temperature (prompt lookup decoding, Saxena 2023; the caller's text is OpenAI's 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle, islice
 
 import torch
 
@@ -46,10 +47,20 @@ class NgramIndex:
         return self.find(ids, count, source=source)[0]
 
     def find(self, ids: Sequence[int], count: int, *, source: Sequence[int] | None = None) -> tuple[list[int], int]:
-        """The same, and how long the n-gram is; 0 where none occurred."""
+        """The same, and how long the n-gram is; 0 where none occurred.
+
+        Example: the last two tokens occurred two tokens before, and what followed is known that far
+
+            >>> index = NgramIndex(2)
+            >>> index.extend([9, 1, 2, 1, 2])
+            >>> index.find([9, 1, 2, 1, 2], 5)
+            ([1, 2, 1, 2, 1], 2)
+        """
         text = ids if source is None else source
         for n in range(min(self.longest, len(ids)), 0, -1):
             end = self.ends.get(tuple(ids[-n:]))
+            if end is not None and source is None and n == self.longest:
+                return list(islice(cycle(ids[end:]), count)), n  # a text that goes in circles goes on doing so
             if end is not None:
                 return list(text[end : end + count]), n
         return [], 0
