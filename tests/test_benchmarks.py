@@ -266,6 +266,7 @@ def test_an_engine_that_fails_says_why(tmp_path: Path) -> None:
     worker.close()
 
 
+@pytest.mark.slow  # starts our own engine in a process of its own
 def test_an_engine_that_gives_fewer_tokens_fails(made: Path, tmp_path: Path) -> None:
     worker = Worker("layerskip", threads=1, log=tmp_path / "log")
     worker.ask("load", folder=str(made), dtype="float32", threads=1, work=str(tmp_path))

@@ -378,6 +378,7 @@ def browse(page: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow  # starts a browser
 def test_a_browser_shows_titles_and_numbers(written: Written) -> None:
     dom = browse(written.page)
     page = Page(dom)

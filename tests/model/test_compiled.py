@@ -80,10 +80,10 @@ def test_text_is_that_of_plain_decoding_and_graphs_settle(tiny_checkpoint: Path,
     compiled = load(tiny_checkpoint, dtype="float32", weights="plain")
     compiled.decoder.compile(backend=CAPTURED)
     assert compiled.decoder.compiled is not None
-    prompts = ["the cat sat on", "a", "the dog ran to the cat and the"]
-    expected = [one.tokens for one in plain.generate(prompts, max_tokens=40, ignore_eos=True)]
+    prompts = ["the cat sat on", "a"]
+    expected = [one.tokens for one in plain.generate(prompts, max_tokens=24, ignore_eos=True)]
     graphs = []
-    for lengths in ((40, 33, 18), (40, 33, 18), (33, 18, 40)):
+    for lengths in ((24, 13), (24, 13), (13, 24)):
         for length in lengths:
             found = compiled.generate(prompts, max_tokens=length, ignore_eos=True, draft=draft)
             assert [one.tokens for one in found] == [tokens[:length] for tokens in expected]
