@@ -59,10 +59,11 @@ class NgramIndex:
         text = ids if source is None else source
         for n in range(min(self.longest, len(ids)), 0, -1):
             end = self.ends.get(tuple(ids[-n:]))
-            if end is not None and source is None and n == self.longest:
+            if end is None:
+                continue
+            if source is None and n == self.longest:
                 return list(islice(cycle(ids[end:]), count)), n  # a text that goes in circles goes on doing so
-            if end is not None:
-                return list(text[end : end + count]), n
+            return list(text[end : end + count]), n
         return [], 0
 
 
