@@ -41,10 +41,10 @@ demo: $(STAMP) ## parse a few utterances with the model of the package, plainly 
 	$(BIN)/layerskip inspect
 
 test: $(STAMP) ## run the tests, without the slow ones
-	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile
+	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-slow: $(STAMP) ## run every test, the slow ones too
-	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile -m "slow or not slow"
+	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "slow or not slow"
 
 bench: $(STAMP) ## measure beside other engines (hours, on a quiet machine); BENCH="15m 110m" chooses the models
 	$(BENCH_PYTHON) -m benchmarks.side_by_side $(BENCH)

@@ -157,7 +157,7 @@ def test_a_model_whose_exits_never_agree_is_told_to_decode_plainly(
     torch.manual_seed(5)
     weights["model.layers.2.mlp.down_proj.weight"] = 40 * torch.randn(32, 48)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    done = run(*base, folder, "--save", "--measure", 2, "--max-tokens", 24)
+    done = run(*base, folder, "--save", "--exits", "1", "--draft-tokens", "1,2", "--measure", 2, "--max-tokens", 24)
     record = last_line(done)
     assert max(each["agreement"] for each in record["exits"]) < 0.1
     assert record["recommended"] is None
@@ -176,7 +176,7 @@ def test_an_interrupted_run_goes_on(
     schema: jsonschema.Draft202012Validator,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    words = (*base, tiny_checkpoint, "--output", tmp_path, "--json")
+    words = (*base, tiny_checkpoint, "--exits", "1", "--output", tmp_path, "--json")
     whole, repeats = Contest.repeat, []
 
     def interrupted(self: Contest, number: int) -> Any:

@@ -31,7 +31,7 @@ _numbers = itertools.count(os.getpid() % 1000 * 1000)
 @pytest.fixture
 def limits() -> Iterator[Limits]:
     """Short ones that no other test has, so that their processes can be told; nothing may be left of them."""
-    found = Limits(seconds=4, cpu_seconds=1, memory=(128 << 20) + next(_numbers))
+    found = Limits(seconds=3, cpu_seconds=1, memory=(128 << 20) + next(_numbers))
     yield found
     assert processes(found) == []
 
@@ -92,7 +92,7 @@ def test_an_endless_loop_ends(limits: Limits) -> None:
 def test_a_program_that_only_waits_ends(limits: Limits) -> None:
     began = time.monotonic()
     assert run("import time\ntry: time.sleep(600)\nexcept BaseException: time.sleep(600)", limits=limits) == Outcome(
-        "timed out", "more than 4 s, or 1 s of the processor"
+        "timed out", "more than 3 s, or 1 s of the processor"
     )
     assert time.monotonic() - began >= limits.seconds
 

@@ -154,5 +154,5 @@ def test_a_tied_head_is_held_once_and_loading_needs_little_more(tmp_path: Path, 
     for layout, held, peak in found:
         share = shares[layout]
         assert share * weights < held < 1.1 * share * weights, layout
-        # the checkpoint's own, mapped, and what is made of it; what is between is small
-        assert share == 1 or peak < (1.05 + share) * weights, (layout, peak / weights)
+        # the checkpoint's own, mapped, and what is made of it; what is between is less than a second copy of either
+        assert share == 1 or peak < (1.2 + share) * weights, (layout, peak / weights)

@@ -40,7 +40,7 @@ def random(*sizes: int, seed: int = 0) -> Tensor:
     return torch.randn(*sizes, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(scope="module", params=list(PROCESSORS))
+@pytest.fixture(scope="module", params=["this", pytest.param("without VNNI", marks=pytest.mark.slow), "oldest"])
 def products(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Products:
     """Products by the kernels, built for a kind of processor: (weight (O, I), positions (M, I), bits) -> (M, O)."""
     if request.param != "this" and platform.machine() != "x86_64":

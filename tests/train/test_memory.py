@@ -10,8 +10,8 @@ from torch.profiler import ProfilerActivity, profile
 from layerskip.train.exits import EarlyExits
 from layerskip.train.loss import Teachers
 
-LAYERS, TOKENS, VOCABULARY = 6, 2048, 8192
-LOGITS = 4 * TOKENS * VOCABULARY  # bytes of one exit's, 64 MiB; all activations of the layers are about as much
+LAYERS, TOKENS, VOCABULARY = 6, 1024, 8192
+LOGITS = 4 * TOKENS * VOCABULARY  # bytes of one exit's, 32 MiB; all activations of the layers are about as much
 LAST, ALL = {LAYERS: 1.0}, dict.fromkeys(range(1, LAYERS + 1), 1 / LAYERS)
 
 

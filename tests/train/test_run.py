@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import multiprocessing
+import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -22,7 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from typer.testing import CliRunner
 
 import layerskip
-from layerskip.cli import app
+from layerskip.cli import app, main
+from layerskip.cli.progress import TrainingProgress
 from layerskip.errors import NumericalError, RequestError
 from layerskip.train.data import Packed, Padded
 from layerskip.train.estimate import duration
@@ -519,55 +523,40 @@ def test_killed_at_any_moment_the_same_command_gives_the_same_weights(times: int
 
 # -- a full disk
 
-DRIVER = """
-import json, os, resource, sys
-from layerskip.cli import main
-from layerskip.cli.progress import TrainingProgress
-import layerskip.train.run
 
-def child(moment, limit, recipe):
-    def full(self, args, state, control, **_):
+def train_without_room(recipe: Path, moment: str, limit: int, told: int) -> None:
+    """Trains in a process in which no file can grow beyond a limit from some moment on: to a program that is a disk
+    without room, or a used-up quota. What it says goes into a pipe, which has no limit."""
+
+    def full(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
         if moment == "train_end" or state.global_step == 5:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
 
+    os.dup2(told, 1)
+    os.dup2(told, 2)
+    sys.stdout, sys.stderr = (os.fdopen(place, "w", buffering=1) for place in (1, 2))
     setattr(TrainingProgress, "on_" + moment, full)
-    sys.argv[1:] = ["train", recipe]
+    sys.argv[1:] = ["train", str(recipe)]
     main()
 
-for moment, limit, recipe in json.loads(sys.argv[1]):
-    read, write = os.pipe()
-    if not os.fork():
-        os.dup2(write, 2)
-        child(moment, limit, recipe)
-    os.close(write)
-    text = os.fdopen(read).read()
-    status = os.waitstatus_to_exitcode(os.wait()[1])
-    open(recipe + ".errors", "w").write(f"{status}\\n{text}")
-"""
-"""Runs recipes, each in a process of its own, in which no file can grow beyond a limit from some moment on: to a
-program that is a disk without room, or a used-up quota. What it says goes through a pipe, which has no limit."""
 
 # when the disk is full, the bytes that still fit into a file, the checkpoint that is kept
 FULL = {"weights": ("save", 4_000, 5), "optimizer": ("save", 80_000, 5), "model": ("train_end", 4_000, 40)}
 
 
-@pytest.fixture(scope="module")
-def full_disks(write: Write) -> dict[str, Path]:
-    """The recipes that found the disk full, by what was being written."""
-    paths = {name: write() for name in FULL}
-    script = paths["model"].parent / "driver.py"
-    script.write_text(DRIVER)
-    arguments = json.dumps([[*FULL[name][:2], str(path)] for name, path in paths.items()])
-    subprocess.run([sys.executable, str(script), arguments], check=True)
-    return paths
-
-
 @pytest.mark.parametrize("name", FULL)
-def test_a_full_disk_leaves_the_last_checkpoint(full_disks: dict[str, Path], whole: str, name: str) -> None:
-    path, kept = full_disks[name], FULL[name][2]
+def test_a_full_disk_leaves_the_last_checkpoint(write: Write, whole: str, name: str) -> None:
+    path, (moment, limit, kept) = write(), FULL[name]
     folder = out(path)
-    status, *lines = path.with_suffix(".yaml.errors").read_text().splitlines()
-    assert status == "1", lines
+    told, said = os.pipe()
+    # a fork: the imports are there
+    process = multiprocessing.get_context("fork").Process(target=train_without_room, args=(path, moment, limit, said))
+    process.start()
+    os.close(said)
+    with os.fdopen(told) as pipe:
+        lines = pipe.read().splitlines()
+    process.join()
+    assert process.exitcode == 1, lines
     lost = folder / f"checkpoint-{kept + 5}" if kept < 40 else folder
     # torch keeps for itself what the system told it
     why = r"No space left on device, or so it seems \(.*\)" if name == "optimizer" else "File too large"

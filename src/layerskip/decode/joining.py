@@ -70,7 +70,8 @@ def run_prompts(decoder: Decoder, pool: Pool, requests: Sequence[Request], *, de
             starts: list[int] = []
             for request, limit in list(zip(requests, limits, strict=True))[len(rows) :]:
                 known = list(request.ids[:-1])
-                coming = max((common_prefix(row.ids[:-1], known) for row in wave), default=0)
+                earlier = wave if len(known) >= WORTH_WAITING else []
+                coming = max((common_prefix(row.ids[:-1], known) for row in earlier), default=0)
                 if coming >= WORTH_WAITING and coming > pool.shared(known, depth=depth):
                     break  # the next wave finds that much in the cache
                 place, start = pool.claim(known, depth=depth, slots=limit + margin, reuse=not request.prompt_logprobs)

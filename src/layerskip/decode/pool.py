@@ -52,7 +52,7 @@ class Pool:
             CapacityError: a bigger cache does not fit in memory.
         """
         self.make_room(rows=1, slots=slots)  # first: it may let idle rows go
-        source, length = self._best(ids, depth) if reuse else (0, 0)
+        source, length = self._best(ids, depth) if reuse and ids else (0, 0)
         row = self._choose(source, length)
         if length and row != source:
             self.cache.copy_prefix(source, row, length=length)
