@@ -22,6 +22,8 @@ SETTLE = 0.2
 TURNS, FINALISTS = (2, 6), 3
 """Turns of a trial for all drafts, and then for the fastest few: a few percent are not seen at once on a machine that
 others use as well."""
+ENOUGH = 60.0
+"""Seconds of a trial after which a draft has no more turns: what takes long is not disturbed much."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Contest:
         self.workers.pop(name).close()
 
     def trials(self, *, exit: int, draft_tokens: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
-        """Every way of drafting of every engine on all prompts, in turns, each after a warm-up.
+        """Every way of drafting of every engine on all prompts, in turns, after a warm-up of each.
 
         Returns:
             By engine: the draft and its decode tokens/s, the fastest first; those that were left out early come last.
@@ -83,9 +85,15 @@ class Contest:
                 drafts = [Draft(**draft) for draft in worker.ask("drafts", exit=exit, tokens=list(draft_tokens))]
                 ways = [Way(name, draft) for draft in drafts]
                 rates: dict[Way, list[float]] = {way: [] for way in ways}
+                spent = dict.fromkeys(ways, 0.0)
+                for way in ways:
+                    self.ask(way, self.questions[0])
                 for turns in TURNS:
                     for _, way in product(range(turns), ways):
-                        rates[way].append(self._rate(way))
+                        if spent[way] < ENOUGH:
+                            turn = measured([self.ask(way, question) for question in self.questions])
+                            rates[way].append(turn["decode_tokens"] / turn["decode_seconds"])
+                            spent[way] += turn["seconds"]
                     ways = sorted(ways, key=lambda way: -median(rates[way]))[:FINALISTS]
             except PeerFailed as error:
                 self.fail(name, error)
@@ -98,11 +106,6 @@ class Contest:
                     if way.draft is not None
                 ]
         return found
-
-    def _rate(self, way: Way) -> float:
-        self.ask(way, self.questions[0])
-        found = measured([self.ask(way, question) for question in self.questions])
-        return float(found["decode_tokens"] / found["decode_seconds"])
 
     def ask(self, way: Way, question: Question) -> PeerRun:
         """One prompt. Raises PeerFailed."""
