@@ -30,7 +30,6 @@ from layerskip.train.data import (
     Padded,
     Pair,
     Rows,
-    Shuffled,
     Source,
     StreamedRows,
     Turn,
@@ -42,10 +41,8 @@ from layerskip.train.data import (
     iterate,
     pack,
     packing,
-    padding_share,
     permutation,
     read,
-    topv2_statistics,
     topv2_tokenizer,
     train_tokenizer,
 )
@@ -597,9 +594,6 @@ def test_the_order_depends_on_seed_and_epoch_alone() -> None:
     assert permutation(8, seed=3, epoch=2).tolist() == [2, 3, 6, 4, 1, 7, 5, 0]
     with pytest.raises(RequestError, match="from 0 on"):
         permutation(3, seed=-1, epoch=0)
-    sampler = Shuffled(100, seed=1)
-    sampler.set_epoch(1)
-    assert (len(sampler), tuple(sampler)) == (100, orders[1, 1])
 
 
 def test_buckets_waste_little_and_mix() -> None:
@@ -609,9 +603,9 @@ def test_buckets_waste_little_and_mix() -> None:
     assert [row for batch in first for row in batch] == list(sampler)
     assert sorted(sampler) == list(range(1003)) == list(range(len(sampler)))
     assert [len(batch) for batch in first] == [16] * 62 + [11]
-    shuffled = list(Shuffled(1003, seed=5))
-    plain = padding_share(lengths, batches=[shuffled[i : i + 16] for i in range(0, 1003, 16)])
-    assert padding_share(lengths, batches=first) < 0.08 < 0.3 < plain
+    shuffled = permutation(1003, seed=5, epoch=0).tolist()
+    plain = _fill(lengths, [shuffled[i : i + 16] for i in range(0, 1003, 16)])
+    assert _fill(lengths, first) < 0.08 < 0.3 < plain
     # Neither the longest first, nor the same rows together again, nor the shortest always last.
     assert len(set(lengths[first[-1]].tolist())) > 5
     shorter = np.diff([lengths[batch].mean() for batch in first]) < 0
@@ -624,9 +618,10 @@ def test_buckets_waste_little_and_mix() -> None:
         LengthBuckets(lengths, batch_size=0, seed=0)
 
 
-def test_padding_share_counts_fill() -> None:
-    assert padding_share([4, 2, 3], batches=[[0, 1], [2]]) == pytest.approx(2 / 11)
-    assert padding_share([], batches=[]) == 0
+def _fill(lengths: np.ndarray[Any, Any], batches: list[list[int]]) -> float:
+    """How much of padded batches is fill."""
+    room = sum(len(batch) * int(lengths[batch].max()) for batch in batches)
+    return 1 - int(lengths.sum()) / room
 
 
 # --- tokenizers
@@ -697,21 +692,27 @@ def test_structure_is_one_token_each(parser: PreTrainedTokenizerFast) -> None:
 
 
 def test_a_frame_copies_the_tokens_of_its_utterance(parser: PreTrainedTokenizerFast) -> None:
-    found = topv2_statistics(parser, PAIRS, known=PAIRS[:2])
-    assert (found.rows, found.copied, found.round_trip) == (4, 1.0, 1.0)
-    assert found.unseen == pytest.approx(11 / 26)
-    assert "100.00% of the frames copy" in str(found)
-    rows = encode(PAIRS, tokenizer=parser).rows
-    assert found.frame.mean * found.rows == rows.learnt
-    assert (found.utterance.mean + found.frame.mean) * found.rows == rows.lengths.sum()
-    assert found.used == len({token for row in rows for token in row["input_ids"].tolist()}) - 1  # all but EOS
-    assert topv2_statistics(parser, PAIRS).unseen is None
-    wrong = [Pair("go to town", "[IN:GET_WEATHER to go town ]")]
-    assert topv2_statistics(parser, wrong).copied == 0
-    with pytest.raises(RequestError, match="at least one pair"):
-        topv2_statistics(parser, [])
+    assert _copied(parser, PAIRS) == [True] * 4
+    assert _copied(parser, [Pair("go to town", "[IN:GET_WEATHER to go town ]")]) == [False]
     with pytest.raises(RequestError, match="a Document has no frame"):
         topv2_tokenizer([Document("a")])
+
+
+def _copied(tokenizer: PreTrainedTokenizerFast, pairs: list[Pair]) -> list[bool]:
+    """Whether a frame is the tokens of its utterance, in order, with structure between them."""
+    frames = tokenizer([pair.response for pair in pairs], add_special_tokens=False)["input_ids"]
+    utterances = tokenizer([pair.prompt for pair in pairs], add_special_tokens=False)["input_ids"]
+    structure = {index for token, index in tokenizer.get_vocab().items() if token[1:2] == "[" or token[1:] == "]"}
+    return [
+        utterance == [token for token in frame if token not in structure]
+        for utterance, frame in zip(utterances, frames, strict=True)
+    ]
+
+
+def _round_trips(tokenizer: PreTrainedTokenizerFast, pairs: list[Pair]) -> list[bool]:
+    frames = tokenizer([pair.response for pair in pairs], add_special_tokens=False)["input_ids"]
+    decoded = tokenizer.batch_decode(frames, skip_special_tokens=True)
+    return [text == pair.response for text, pair in zip(decoded, pairs, strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -746,35 +747,31 @@ def test_any_frame_decodes_to_itself(parser: PreTrainedTokenizerFast, words: lis
 # --- the real data
 
 
-def test_topv2_as_published(capsys: pytest.CaptureFixture[str]) -> None:
-    folder = ROOT.parent / "shared" / "data" / "topv2"
-    if not folder.is_dir():
-        pytest.skip(f"needs the TOPv2 tables, and there is no {folder}")
-    found = read(Source(files="*_eval.tsv"), folder=folder)
-    assert len(found.examples) == 17_160
-    train, held = found.examples[::2], found.examples[1::4]
-    statistics = topv2_statistics(topv2_tokenizer(train), held, known=train)
-    with capsys.disabled():
-        print(f"\nTOPv2, a fourth of eval, the tokenizer of another half: {statistics}")  # noqa: T201
-    assert statistics.round_trip == 1
-    assert statistics.copied > 0.995
+def test_topv2_as_published() -> None:
+    pairs = _published("eval")
+    assert len(pairs) == 17_160
+    train, held = pairs[::2], pairs[1::4]
+    tokenizer = topv2_tokenizer(train)
+    assert all(_round_trips(tokenizer, held))
+    assert np.mean(_copied(tokenizer, held)) > 0.995
 
 
 @pytest.mark.slow
-def test_topv2_whole(capsys: pytest.CaptureFixture[str]) -> None:
-    folder = ROOT.parent / "shared" / "data" / "topv2"
-    if not folder.is_dir():
-        pytest.skip(f"needs the TOPv2 tables, and there is no {folder}")
-    train, held = (read(Source(files=f"*_{part}.tsv"), folder=folder).examples for part in ("train", "eval"))
+def test_topv2_whole() -> None:
+    train, held = _published("train"), _published("eval")
     assert (len(train), len(held)) == (124_597, 17_160)
     tokenizer = topv2_tokenizer(train)
     assert len(tokenizer) == 3072
-    for name, examples in {"train": train, "eval": held}.items():
-        found = topv2_statistics(tokenizer, examples, known=train)
-        with capsys.disabled():
-            print(f"\nTOPv2 {name}: {found}")  # noqa: T201
-        assert found.round_trip == 1
-        assert found.copied > 0.998
+    for pairs in (train, held):
+        assert all(_round_trips(tokenizer, pairs))
+        assert np.mean(_copied(tokenizer, pairs)) > 0.998
+
+
+def _published(part: str) -> list[Pair]:
+    folder = ROOT.parent / "shared" / "data" / "topv2"
+    if not folder.is_dir():
+        pytest.skip(f"needs the TOPv2 tables, and there is no {folder}")
+    return [pair for pair in read(Source(files=f"*_{part}.tsv"), folder=folder).examples if isinstance(pair, Pair)]
 
 
 def test_importing_data_reads_no_data_sets() -> None:

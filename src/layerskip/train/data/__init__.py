@@ -1,18 +1,18 @@
 """Data for training: files and data sets in, token batches out.
 
-    read(Source(...)) -> hold_out -> encode -> pack or cut_stream -> Shuffled or LengthBuckets -> Packed or Padded
+    read(Source(...)) -> hold_out -> encode -> pack or cut_stream -> LengthBuckets -> Packed or Padded
 
 Importing it loads torch and tokenizers; `datasets` only where a data set is read.
 """
 
 from layerskip.train.data.encoding import IGNORE, Encoded, Limits, Row, Rows, encode
 from layerskip.train.data.examples import Chat, Document, Example, Pair, Turn, digest, hold_out
-from layerskip.train.data.order import LengthBuckets, Shuffled, padding_share, permutation
+from layerskip.train.data.order import LengthBuckets, permutation
 from layerskip.train.data.packing import Batch, Packed, Padded, StreamedRows, block_diagonal, cut_stream, pack
 from layerskip.train.data.recombine import recombined
 from layerskip.train.data.sources import Reading, Source, find_files, iterate, read
 from layerskip.train.data.tokenizers import train_tokenizer
-from layerskip.train.data.topv2 import topv2_statistics, topv2_tokenizer
+from layerskip.train.data.topv2 import topv2_tokenizer
 
 __all__ = [
     "IGNORE",
@@ -29,7 +29,6 @@ __all__ = [
     "Reading",
     "Row",
     "Rows",
-    "Shuffled",
     "Source",
     "StreamedRows",
     "Turn",
@@ -41,11 +40,9 @@ __all__ = [
     "hold_out",
     "iterate",
     "pack",
-    "padding_share",
     "permutation",
     "read",
     "recombined",
-    "topv2_statistics",
     "topv2_tokenizer",
     "train_tokenizer",
 ]

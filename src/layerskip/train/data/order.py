@@ -34,28 +34,6 @@ def permutation(count: int, *, seed: int, epoch: int) -> Order:
     return np.argsort(draws, kind="stable")
 
 
-class Shuffled(Sampler[int]):
-    """Every row once in an epoch, in a new order each time.
-
-    Args:
-        count: rows.
-        seed: another one orders otherwise.
-    """
-
-    def __init__(self, count: int, *, seed: int) -> None:
-        self._count, self._seed, self._epoch = count, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch; `Trainer` calls it."""
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(permutation(self._count, seed=self._seed, epoch=self._epoch).tolist())
-
-
 class LengthBuckets(Sampler[int]):
     """Every row once in an epoch, so that each run of `batch_size` has rows of about one length.
 
@@ -102,15 +80,3 @@ class LengthBuckets(Sampler[int]):
         order = permutation(whole, seed=self._seed, epoch=self._epoch + 2**32)
         batches: list[list[int]] = rows.reshape(whole, self._size)[order].tolist()
         return [*batches, rest] if rest else batches
-
-
-def padding_share(lengths: Sequence[int] | Order, *, batches: Sequence[Sequence[int]]) -> float:
-    """How much of padded batches is fill, from 0 to 1.
-
-    Args:
-        lengths: tokens of each row.
-        batches: rows of each batch.
-    """
-    sizes = np.asarray(lengths, np.int64)
-    room = sum(len(batch) * int(sizes[list(batch)].max()) for batch in batches)
-    return 1 - sum(int(sizes[list(batch)].sum()) for batch in batches) / room if room else 0.0

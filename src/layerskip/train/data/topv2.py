@@ -8,16 +8,13 @@ Source: Chen et al., "Low-Resource Domain Adaptation for Compositional Task-Orie
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-import numpy as np
 from tokenizers import Regex, decoders, pre_tokenizers, processors
 
 from layerskip.errors import RequestError
-from layerskip.frames import frame_words, is_opening
+from layerskip.frames import is_opening
 from layerskip.train.data.examples import Example, Pair
 from layerskip.train.data.tokenizers import WordVocabulary, as_fast, byte_level_vocabulary
 
@@ -98,86 +95,6 @@ def topv2_tokenizer(examples: Iterable[Example], *, vocab_size: int = 3072) -> P
     return parser
 
 
-@dataclass(frozen=True)
-class Lengths:
-    """Tokens per text: the mean, the 95th percentile and the maximum."""
-
-    mean: float
-    p95: int
-    longest: int
-
-    def __str__(self) -> str:
-        return f"mean {self.mean:.1f}, p95 {self.p95}, max {self.longest}"
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What a tokenizer makes of utterances and frames.
-
-    Args:
-        rows: pairs looked at.
-        utterance: tokens of the utterances, with BOS and `<parse>`.
-        frame: tokens of the frames, with EOS.
-        used: token ids that occur.
-        copied: share of rows whose frame is the utterance's tokens, in order, with structure between them.
-        round_trip: share of frames that decode to themselves.
-        unseen: share of the frames' words, repetitions counted, that `known` rows do not have; None without any.
-    """
-
-    rows: int
-    utterance: Lengths
-    frame: Lengths
-    used: int
-    copied: float
-    round_trip: float
-    unseen: float | None
-
-    def __str__(self) -> str:
-        unseen = "" if self.unseen is None else f"; {self.unseen:.2%} of their words unseen"
-        return (
-            f"{self.rows:,} rows; tokens per utterance: {self.utterance}; per frame: {self.frame}; "
-            f"{self.used:,} token ids used; {self.copied:.2%} of the frames copy their utterance's tokens; "
-            f"{self.round_trip:.2%} decode to themselves{unseen}"
-        )
-
-
-def topv2_statistics(
-    tokenizer: PreTrainedTokenizerFast, examples: Iterable[Example], *, known: Iterable[Example] = ()
-) -> Statistics:
-    """Measures a tokenizer of `topv2_tokenizer` on pairs.
-
-    Args:
-        tokenizer: what to measure.
-        examples: utterances with their frames.
-        known: the pairs whose words count as seen, such as the train split.
-
-    Raises:
-        RequestError: there are no examples, or one is not a pair.
-    """
-    pairs = _pairs(examples)
-    if not pairs:
-        raise RequestError("there are no examples to measure the tokenizer on; give at least one pair")
-    prompts = tokenizer([pair.prompt for pair in pairs])["input_ids"]
-    frames = tokenizer([pair.response for pair in pairs], add_special_tokens=False)["input_ids"]
-    decoded = tokenizer.batch_decode(frames, skip_special_tokens=True)
-    structure = {index for token, index in tokenizer.get_vocab().items() if token[1:2] == "[" or token[1:] == "]"}
-    copied = [
-        prompt[1:-1] == [token for token in frame if token not in structure]
-        for prompt, frame in zip(prompts, frames, strict=True)
-    ]
-    seen = {word for pair in _pairs(known) for word in frame_words(pair.response.split())}
-    words = Counter(word for pair in pairs for word in frame_words(pair.response.split()))
-    return Statistics(
-        rows=len(pairs),
-        utterance=_lengths([len(prompt) for prompt in prompts]),
-        frame=_lengths([len(frame) + 1 for frame in frames]),
-        used=len({token for ids in (*prompts, *frames) for token in ids}),
-        copied=float(np.mean(copied)),
-        round_trip=float(np.mean([text == pair.response for text, pair in zip(decoded, pairs, strict=True)])),
-        unseen=sum(count for word, count in words.items() if word not in seen) / words.total() if seen else None,
-    )
-
-
 def _pairs(examples: Iterable[Example]) -> list[Pair]:
     pairs = []
     for example in examples:
@@ -187,7 +104,3 @@ def _pairs(examples: Iterable[Example]) -> list[Pair]:
             )
         pairs.append(example)
     return pairs
-
-
-def _lengths(counts: Sequence[int]) -> Lengths:
-    return Lengths(float(np.mean(counts)), int(np.percentile(counts, 95)), max(counts))
