@@ -17,7 +17,11 @@ from layerskip.evaluate.record import Spread
 Turn = Mapping[str, Any]
 """What a way took in one round, from `contest.measured`."""
 
-PACKAGES = {"llama.cpp": ("llama-cpp-python", "gguf"), "openvino-genai": ("openvino-genai", "openvino", "gguf")}
+PACKAGES = {
+    "llama.cpp": ("llama-cpp-python", "gguf"),
+    "openvino-genai": ("openvino-genai", "openvino", "gguf"),
+    "onnxruntime-genai": ("onnxruntime-genai", "onnxruntime"),
+}
 
 
 def versions(peers: Iterable[str]) -> dict[str, str]:

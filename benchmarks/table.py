@@ -67,6 +67,7 @@ TARGETS = {
         Target("early exit", "transformers", "plain", _same(3) | {"shipped": (5, 8)}),
         Target("early exit", "transformers", "early exit", {}),
         Target("early exit", "llama.cpp", "plain", {"110m": (0.9, 1.2)}),
+        Target("early exit", "onnxruntime-genai", "plain", {"110m": (0.9, 1.2)}),
         Target("early exit", "openvino-genai", "plain", {}),
         Target("early exit", OWN, "plain", {"shipped": (1.9, 2.4)}),
     ],

@@ -173,7 +173,12 @@ def test_every_engine_is_measured_or_skipped_by_name(measured: tuple[Path, dict[
     there = {result["peer"] for result in record["results"]}
     assert there >= {"layerskip", "transformers"}
     assert there | set(record["skipped"]) == set(PEERS)
-    for peer, module in {"llama.cpp": "llama_cpp", "openvino-genai": "openvino_genai"}.items():
+    modules = {
+        "llama.cpp": "llama_cpp",
+        "openvino-genai": "openvino_genai",
+        "onnxruntime-genai": "onnxruntime_genai",
+    }
+    for peer, module in modules.items():
         if find_spec(module) is None:
             assert record["skipped"][peer].startswith("not installed; pip install")
 
