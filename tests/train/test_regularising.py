@@ -159,6 +159,7 @@ def test_a_checkpoint_without_an_average_is_refused(causal: Causal, tmp_path: Pa
     ("changes", "reason"),
     [
         ({"ema_decay": 1.0}, "ema_decay 1.0 is not possible; use a number from 0 and below 1"),
+        ({"ema_decay": 0.9, "fully_shard": True}, "ema_decay averages whole weights, and these are sharded; leave it"),
         (
             {"ema_decay": 0.9, "load_best_model_at_end": True, "save_strategy": "best", "eval_strategy": "steps"},
             "leave load_best_model_at_end out",
