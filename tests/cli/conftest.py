@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from typer.testing import CliRunner, Result
 from layerskip.cli import app
 from layerskip.decode import batch
 from layerskip.model.decoder import Decoder
+from layerskip.model.native import build
 
 TEXT = [
     "Once upon a time there was a little girl who loved to play outside with her red ball.",
@@ -43,6 +45,13 @@ def tokenizer(text: list[str], *, vocab: int = 320, **settings: Any) -> PreTrain
     )
     built.train_from_iterator(text, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=built, **settings)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernels() -> None:
+    """Builds them where they are not there yet: the first command on a machine would say that it does."""
+    with suppress(build.Unavailable):
+        build.library()
 
 
 @pytest.fixture(scope="session")
