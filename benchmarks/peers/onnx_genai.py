@@ -36,12 +36,12 @@ class OnnxGenAI:
             return False
         asked = {"-i": folder, "-o": path, "-p": "fp32", "-e": "cpu", "-c": work / "onnx-cache"}
         words = [str(word) for pair in asked.items() for word in pair]
-        # a module that runs as a program, and knows no other way to be called
+        # in a process of its own: what building takes is not the engine's memory
         done = subprocess.run(
             [sys.executable, "-m", "onnxruntime_genai.models.builder", *words], capture_output=True, text=True
         )
         if done.returncode:
-            raise RuntimeError(f"the model builder fails: {done.stderr.strip().splitlines()[-1]}")
+            raise RuntimeError(f"the model builder fails: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
         return True
 
     def load(self, folder: Path, *, dtype: str, threads: int, work: Path) -> None:
@@ -64,7 +64,7 @@ class OnnxGenAI:
         assert draft is None
         tokens, first = list[int](), 0.0
         asked = GeneratorParams(self._model)
-        asked.set_search_options(do_sample=False, max_length=len(prompt) + new_tokens + 1)
+        asked.set_search_options(do_sample=False, max_length=len(prompt) + new_tokens)
         generator = Generator(self._model, asked)
         given = numpy.array([list(prompt)], numpy.int32)
         began = time.perf_counter()
@@ -73,7 +73,8 @@ class OnnxGenAI:
             generator.generate_next_token()
             tokens.append(int(generator.get_next_tokens()[0]))
             first = first or time.perf_counter() - began
-            if generator.is_done():  # an end of text, which it always stops at: told that it is given, it goes on
+            # an end of text, which it always stops at: told that it is given, it goes on
+            if generator.is_done() and len(tokens) < new_tokens:
                 generator.append_tokens(numpy.array([tokens[-1:]], numpy.int32))
         return PeerRun(tokens=tokens, first=first, first_tokens=1, total=time.perf_counter() - began, rounds=new_tokens)
 
