@@ -36,6 +36,7 @@ from layerskip.train.data import (
     pack,
     read,
     recombined,
+    renamed,
     topv2_tokenizer,
     train_tokenizer,
 )
@@ -150,7 +151,12 @@ def rows(recipe: Recipe, learnt: list[Example], tokens: PreTrainedTokenizerBase)
             limits=recipe.limits,
         )
         return endless, 0
-    made = recombined(learnt, share=recipe.recombine, seed=recipe.training.get("seed", 42)) if recipe.recombine else []
+    seed = recipe.training.get("seed", 42)
+    made: list[Example] = []
+    if recipe.recombine:
+        made += recombined(learnt, share=recipe.recombine, seed=seed)
+    if recipe.rename:
+        made += renamed(learnt, share=recipe.rename, seed=seed)
     encoded = arranged(recipe, [*learnt, *made], tokens)
     return encoded.rows, encoded.dropped
 

@@ -46,6 +46,7 @@ class Recipe:
         eval_share: share of `data` that is held out by content and evaluated on, where there is no `eval_data`.
         eval_rows: rows evaluated on at most; 0 is all.
         recombine: further pairs of utterance and frame for each one, made by exchanging the words of slots (TOPv2).
+        rename: further pairs for each one, with made-up words in the place of rare ones (TOPv2).
         skip_bad: leave malformed rows out.
         max_length: tokens of a row; what is longer is cut or refused (`too_long`).
         too_long: a prompt with a response longer than `max_length` is an "error", or left out: "drop".
@@ -75,6 +76,7 @@ class Recipe:
     eval_share: float = 0.0
     eval_rows: int = 0
     recombine: float = 0.0
+    rename: float = 0.0
     skip_bad: bool = False
     max_length: int | None = None
     too_long: Literal["error", "drop"] = "error"

@@ -83,7 +83,7 @@ def check(recipe: Recipe) -> None:
 _LEAST = {
     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
     "learning_rate": 0, "weight_decay": 0, "adam_epsilon": 0, "loss_chunk": 0, "seed": 0, "data_seed": 0,
-    "max_grad_norm": 0, "eval_rows": 0, "recombine": 0, "acceptance_prompts": 0, "acceptance_tokens": 1,
+    "max_grad_norm": 0, "eval_rows": 0, "recombine": 0, "rename": 0, "acceptance_prompts": 0, "acceptance_tokens": 1,
 }  # fmt: skip
 """Numbers that transformers and torch would refuse late, or in no words of ours."""
 
