@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from layerskip.decode.batch import Batch
 from layerskip.decode.draft import Drafter
-from layerskip.decode.drafters import Assistant, Auto, Cascade, EarlyExit, Lookup
+from layerskip.decode.drafters import Assistant, Lookup
 from layerskip.decode.drafters.shortlist import rank
 from layerskip.decode.pool import Pool
 from layerskip.decode.randomness import new_seed, sample_seed
@@ -27,31 +27,15 @@ from layerskip.decode.sampling import Sampling
 from layerskip.decode.scoring import ExitScore, Pair, score, score_continuations
 from layerskip.decode.text import TextStream
 from layerskip.decode.text import Tokenizer as TextTokenizer
-from layerskip.errors import CapacityError, LayerSkipError, RequestError, check_whole, suggest
+from layerskip.errors import CapacityError, LayerSkipError, RequestError, check_whole
 from layerskip.llm.completion import Chunk, Completion, Mode, Stream
-from layerskip.llm.heads import head_settings
+from layerskip.llm.drafters import assistant, named
 from layerskip.llm.prompts import Prompt, is_one, plain
 from layerskip.llm.recommended import Recommended
-from layerskip.llm.tokenizer import load_tokenizer
-from layerskip.model import checkpoint
 from layerskip.model.decoder import Decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-DRAFTERS = ("auto", "none", "early-exit", "lookup", "cascade", "assistant")
-
-_WHY = {
-    "lookup": "lookup copies",
-    "auto": "auto finds by itself where to exit and how long to draft,",
-    "assistant": "assistant has a head of its own",
-}
-_NARROW = ("draft vocabulary", "ranking of tokens", "choice of a draft head")
-_UNASKED = {
-    "lookup": ("confidence", "draft length", *_NARROW),
-    "auto": ("confidence", "draft length"),
-    "assistant": _NARROW,
-}
 
 
 class LLM:
@@ -408,60 +392,16 @@ class LLM:
             RequestError: no such drafter, or a value out of range.
             CheckpointError: the assistant cannot be loaded.
         """
-        kind, colon, argument = words.partition(":")
-        if kind not in DRAFTERS:
-            raise RequestError(f"unknown drafter {kind!r}; use {', '.join(DRAFTERS)}{suggest(kind, DRAFTERS)}")
-        if colon and kind in ("auto", "none", "lookup"):
-            raise RequestError(f"{kind} takes nothing after it, not {argument!r}; write {kind}")
-        if kind == "none":
-            return None
-        given = {
-            "confidence": confidence,
-            "draft length": length,
-            "draft vocabulary": vocabulary or None,  # 0 is none
-            "ranking of tokens": ranked,
-            "choice of a draft head": None if head == "own" else head,
-        }
-        for name in _UNASKED.get(kind, ()):
-            if given[name] is not None:
-                raise RequestError(f"{_WHY[kind]} and has no {name}; leave it out")
-        if kind == "lookup":
-            return Lookup() if tokens is None else Lookup(tokens=tokens)
-        length = length or "fixed"
-        if kind == "assistant":
-            if not argument:
-                raise RequestError("assistant needs a checkpoint; write assistant:PATH")
-            return self.assistant(argument, tokens=tokens, confidence=confidence, length=length)
-        through = head_settings(
-            self.decoder, self.recommended, head=head, vocabulary=vocabulary, ranked=ranked, advised=not colon
+        return named(
+            self,
+            words,
+            tokens=tokens,
+            confidence=confidence,
+            length=length,
+            vocabulary=vocabulary,
+            ranked=ranked,
+            head=head,
         )
-        if kind == "auto":
-            return self._auto(tokens, through)
-        if colon and not argument.isdecimal():
-            raise RequestError(f"{kind} needs a number of layers, not {argument!r}; write {kind}:3, say")
-        if not colon:
-            advice = self._advice(kind)
-            argument = str(advice.exit)
-            if length == "fixed":
-                tokens = advice.draft_tokens if tokens is None else tokens
-                confidence = advice.confidence if confidence is None else confidence
-        early = EarlyExit(int(argument), tokens=tokens, confidence=confidence, length=length, **through)
-        return early if kind == "early-exit" else Cascade(Lookup(), early)
-
-    def rank(self, text: str) -> list[int]:
-        """Token ids of a text, the most frequent first: for `ranked` of drafters with a draft vocabulary."""
-        return rank(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def _advice(self, kind: str) -> Recommended:
-        if self.recommended is None:
-            raise RequestError(f"{self.name} recommends no exit; write {kind}:3, say")
-        return self.recommended
-
-    def _auto(self, tokens: int | None, through: Mapping[str, Any]) -> Auto:
-        settings: dict[str, Any] = {} if tokens is None else {"tokens": tokens}
-        if self.recommended is not None:
-            settings |= {"exit": self.recommended.exit, "guesses": self.recommended.acceptance}
-        return Auto(**settings, **through)
 
     def assistant(
         self,
@@ -477,17 +417,11 @@ class LLM:
             CheckpointError: it cannot be loaded.
             RequestError: its tokenizer differs, or a value is out of range.
         """
-        folder = checkpoint.find(path_or_id)
-        mine, theirs = self.tokenizer.get_vocab(), load_tokenizer(folder).get_vocab()
-        if mine != theirs:
-            differing = sum(theirs.get(token) != i for token, i in mine.items())
-            raise RequestError(
-                f"assistant {path_or_id} has another vocabulary: {differing} of {len(mine)} tokens differ from "
-                f"{self.name}'s; use a checkpoint with the same tokenizer"
-            )
-        here = self.decoder
-        decoder = checkpoint.load_decoder(folder, dtype=here.dtype, device=here.device, weights=here.layout)
-        return Assistant(decoder, tokens=tokens, confidence=confidence, length=length)
+        return assistant(self, path_or_id, tokens=tokens, confidence=confidence, length=length)
+
+    def rank(self, text: str) -> list[int]:
+        """Token ids of a text, the most frequent first: for `ranked` of drafters with a draft vocabulary."""
+        return rank(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _with_ids(self, draft: Drafter | None) -> Drafter | None:
         if isinstance(draft, Lookup) and isinstance(draft.predicted, str):
