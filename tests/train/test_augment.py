@@ -125,6 +125,7 @@ def test_a_recipe_trains_on_them_beside_the_given_ones() -> None:
 
     further, names = len(recombined(PAIRS, share=80, seed=5)), len(renamed(PAIRS, share=7, seed=5))
     assert count(recombine=0, rename=0) == len(PAIRS)
+    assert count(recombine=80, rename=0, seed=1, data_seed=5) == len(PAIRS) + further
     assert count(recombine=80, rename=0, seed=5) == len(PAIRS) + further > len(PAIRS)
     assert count(recombine=80, rename=7, seed=5) == len(PAIRS) + further + names > len(PAIRS) + further
     for key in ("recombine", "rename"):

@@ -21,14 +21,15 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from typer.testing import CliRunner
 
 import layerskip
 from layerskip.cli import app, main
 from layerskip.cli.progress import TrainingProgress
 from layerskip.errors import NumericalError, RequestError
-from layerskip.train.data import Packed, Padded
+from layerskip.train import experiment
+from layerskip.train.data import Example, Packed, Padded
 from layerskip.train.estimate import duration
 from layerskip.train.recipe import read_recipe
 from layerskip.train.run import Outcome, Run
@@ -297,6 +298,31 @@ def test_training_goes_on_from_a_finished_folder(finished: Path, write: Write) -
     # what the folder that was begun from said about itself is not said again
     settings = json.loads((out(other) / "config.json").read_text())["layerskip"]
     assert set(settings) == {"recipe"}
+
+
+def test_what_is_held_out_is_decided_by_the_seed_of_the_data(write: Write) -> None:
+    def held(**keys: int) -> list[Example]:
+        return experiment.examples(read_recipe(str(write(eval_share=0.2, **keys)))).evaluated
+
+    assert held(seed=1, data_seed=0) == held(seed=2, data_seed=0) == held(seed=0)
+    assert held(seed=1) != held(seed=2)
+
+
+def test_training_goes_on_from_the_mean_of_several_folders(finished: Path, write: Write, tmp_path: Path) -> None:
+    other, wider = write(**MADE_ANEW, init_from=str(finished), max_steps=3, save_dtype="float32"), tmp_path / "wider"
+    trained(other)
+    keys = {**MADE_ANEW, "data": "pairs.jsonl", "max_steps": 1, "learning_rate": 0.0, "weight_decay": 0.0}
+    mean = write(**keys, init_from=[str(finished), str(out(other)), str(out(other))])
+    trained(mean)
+    one, two, made = (weights(folder) for folder in (finished, out(other), out(mean)))
+    for name, tensor in made.items():
+        torch.testing.assert_close(tensor, (one[name].float() + 2 * two[name]) / 3)
+
+    config = AutoConfig.from_pretrained(finished)
+    config.intermediate_size += 8
+    AutoModelForCausalLM.from_config(config).save_pretrained(wider)
+    with pytest.raises(RequestError, match=r"wider is not of the shape of .*; name equal ones"):
+        trained(write(**keys, init_from=[str(finished), str(wider)]))
 
 
 def test_lora_leaves_an_adapter_and_a_merged_model(finished: Path, write: Write) -> None:

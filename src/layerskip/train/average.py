@@ -1,12 +1,12 @@
-"""The average of a run's weights over its last steps, which generalises better than any one step's weights.
+"""Averages of weights, which generalise better than any one of what they average: of several models, of a run's steps.
 
-An exponential moving average (Polyak and Juditsky, 1992; Izmailov et al., "Averaging Weights Leads to Wider Optima",
-UAI 2018). Knows weights, and the file in a checkpoint that keeps their average.
+Of steps it is an exponential moving average (Polyak and Juditsky, 1992; Izmailov et al., "Averaging Weights Leads to
+Wider Optima", UAI 2018). Knows weights, and the file in a checkpoint that keeps their average.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,30 @@ from layerskip.errors import RequestError
 
 FILE = "average.safetensors"
 """What a checkpoint keeps the average in, beside the weights that training goes on from."""
+
+
+@torch.no_grad()
+def mean_weights(models: Sequence[tuple[str, nn.Module]]) -> nn.Module:
+    """The first of several models, with the mean of all their weights.
+
+    Trained from one start with other draws or settings, they are better so than one by one (Wortsman et al., "Model
+    soups", ICML 2022).
+
+    Args:
+        models: each with what messages call it.
+
+    Raises:
+        RequestError: they are not of one shape.
+    """
+    (first, mean), *others = models
+    weights = dict(mean.named_parameters())
+    for count, (name, other) in enumerate(others, start=2):
+        theirs = dict(other.named_parameters())
+        if {key: weight.shape for key, weight in theirs.items()} != {key: w.shape for key, w in weights.items()}:
+            raise RequestError(f"{name} is not of the shape of {first}, so their mean means nothing; name equal ones")
+        for key, weight in weights.items():
+            weight.lerp_(theirs[key], 1 / count)
+    return mean
 
 
 class WeightAverage(TrainerCallback):

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from layerskip.errors import RequestError, suggest
+from layerskip.train.average import mean_weights
 from layerskip.train.data import (
     Document,
     Encoded,
@@ -70,7 +71,7 @@ def examples(recipe: Recipe) -> Examples:
     learnt, hashes, skipped, complaints = _read_all(recipe, recipe.data, folder)
     evaluated, more, missed, moaned = _read_all(recipe, recipe.eval_data, folder)
     if recipe.eval_share:
-        learnt, evaluated = hold_out(learnt, share=recipe.eval_share, seed=recipe.training.get("seed", 42))
+        learnt, evaluated = hold_out(learnt, share=recipe.eval_share, seed=recipe.data_seed)
         if not learnt or not evaluated:
             raise RequestError(
                 f"eval_share {recipe.eval_share} of {len(learnt) + len(evaluated):,} examples leaves one side empty; "
@@ -115,8 +116,7 @@ def tokenizer(recipe: Recipe, learnt: list[Example]) -> PreTrainedTokenizerBase:
     if recipe.tokenizer == "bpe":
         assert recipe.vocab_size is not None
         return train_tokenizer(_texts(learnt), vocab_size=recipe.vocab_size)
-    name = recipe.tokenizer or recipe.init_from
-    assert name is not None
+    name = recipe.tokenizer or recipe.starts[0]
     revision = None if recipe.tokenizer else recipe.revision
     try:
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, revision=revision)
@@ -143,20 +143,18 @@ def rows(recipe: Recipe, learnt: list[Example], tokens: PreTrainedTokenizerBase)
     streamed = next((source for source in recipe.data if source.streaming), None)
     if streamed is not None:
         assert recipe.max_length is not None
-        seed = recipe.training.get("seed", 42)
         endless = StreamedRows(
-            lambda epoch: iterate(streamed, skip_bad=recipe.skip_bad, seed=seed + epoch),
+            lambda epoch: iterate(streamed, skip_bad=recipe.skip_bad, seed=recipe.data_seed + epoch),
             tokenizer=tokens,
             length=recipe.max_length,
             limits=recipe.limits,
         )
         return endless, 0
-    seed = recipe.training.get("seed", 42)
     made: list[Example] = []
     if recipe.recombine:
-        made += recombined(learnt, share=recipe.recombine, seed=seed)
+        made += recombined(learnt, share=recipe.recombine, seed=recipe.data_seed)
     if recipe.rename:
-        made += renamed(learnt, share=recipe.rename, seed=seed)
+        made += renamed(learnt, share=recipe.rename, seed=recipe.data_seed)
     encoded = arranged(recipe, [*learnt, *made], tokens)
     return encoded.rows, encoded.dropped
 
@@ -193,18 +191,21 @@ def model(recipe: Recipe, tokens: PreTrainedTokenizerBase) -> torch.nn.Module:
         except (ValueError, ImportError, KeyError, RuntimeError) as error:
             raise RequestError(f"the model cannot be built: {_first_line(error)}") from error
     else:
-        try:
-            built = AutoModelForCausalLM.from_pretrained(
-                str(recipe.init_from), revision=recipe.revision, dtype=dtype, **how
-            )
-        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-            raise RequestError(f"{recipe.init_from} could not be loaded: {_first_line(error)}") from error
+        how |= {"revision": recipe.revision, "dtype": dtype}
+        built = mean_weights([(name, _loaded(name, **how)) for name in recipe.starts])
     if len(tokens) > built.config.vocab_size:
         raise RequestError(
             f"the tokenizer has {len(tokens):,} tokens and the model {built.config.vocab_size:,}; use the model's own "
             "tokenizer, or leave vocab_size out of architecture"
         )
     return _adapted(built, recipe.lora) if recipe.lora is not None else built
+
+
+def _loaded(name: str, **how: Any) -> Any:
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, **how)
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise RequestError(f"{name} could not be loaded: {_first_line(error)}") from error
 
 
 def _config(architecture: dict[str, Any], tokens: PreTrainedTokenizerBase) -> Any:

@@ -32,7 +32,8 @@ class Recipe:
 
     Args:
         name: what reports and the model card call it.
-        init_from: checkpoint to go on from: continual training or finetuning. Either this or `architecture`.
+        init_from: checkpoint to go on from: continual training or finetuning. Of several with one start, the mean of
+            their weights. Either this or `architecture`.
         revision: branch, tag or commit of a hub id.
         architecture: a model from scratch: `model_type` and the settings of its transformers configuration.
         attention: transformers' `attn_implementation`; None is its default.
@@ -62,7 +63,7 @@ class Recipe:
     """
 
     name: str
-    init_from: str | None = None
+    init_from: str | list[str] | None = None
     revision: str | None = None
     architecture: dict[str, Any] | None = None
     attention: str | None = None
@@ -93,6 +94,17 @@ class Recipe:
     def limits(self) -> Limits:
         """How rows are made."""
         return Limits(max_length=self.max_length, too_long=self.too_long, train_on_prompt=self.train_on_prompt)
+
+    @property
+    def starts(self) -> list[str]:
+        """The checkpoints to go on from; none where the model is built anew."""
+        return [self.init_from] if isinstance(self.init_from, str) else self.init_from or []
+
+    @property
+    def data_seed(self) -> int:
+        """What decides which rows are held out and which are made up."""
+        seed = self.training.get("data_seed")
+        return int(self.training.get("seed", 42) if seed is None else seed)
 
     def record(self) -> dict[str, Any]:
         """The recipe as JSON, for the trained model's folder: every key that is not at its default, flat as in YAML."""

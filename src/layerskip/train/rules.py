@@ -52,8 +52,8 @@ def idle(keys: Mapping[str, Any]) -> dict[str, str]:
 
 def check(recipe: Recipe) -> None:
     """Raises RequestError where a key that is needed is missing, or numbers are out of range."""
-    if (recipe.init_from is None) == (recipe.architecture is None):
-        both = "both" if recipe.init_from else "neither"
+    if bool(recipe.starts) == (recipe.architecture is not None):
+        both = "both" if recipe.starts else "neither"
         raise RequestError(f"a recipe has either init_from or architecture, not {both}; give one")
     if recipe.architecture is not None:
         if "model_type" not in recipe.architecture:
@@ -64,7 +64,7 @@ def check(recipe: Recipe) -> None:
             raise RequestError(f"tokenizer {recipe.tokenizer} is trained on the data; give its vocab_size")
     elif recipe.tokenizer in TRAINED:
         raise RequestError(
-            f"tokenizer {recipe.tokenizer} would be trained anew, but {recipe.init_from} knows its own; leave it out"
+            f"tokenizer {recipe.tokenizer} would be trained anew, but {recipe.starts[0]} knows its own; leave it out"
         )
     if not recipe.data:
         raise RequestError(f"recipe {recipe.name} names no data; give --data FILES or a hub data set")
