@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RECORD, PROMPTS = "controlled.json", "prompts.txt"
+BATCH = 64  # prompts in the file, so that as many rows can be decoded side by side
 LEAST, MOST = 0.001, 1.0
 """Scales between which the one that is looked for lies."""
 TRIES = 20
@@ -122,10 +123,10 @@ def make(folder: Path, wanted: Wanted, *, say: Callable[[str], object] = print) 
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     save_tokenizer(unfinished, vocabulary=size.vocabulary)
-    lines = prompts(size, count=wanted.prompts, tokens=wanted.prompt_tokens - 1, seed=wanted.seed)
+    lines = prompts(size, count=max(wanted.prompts, BATCH), tokens=wanted.prompt_tokens - 1, seed=wanted.seed)
     (unfinished / PROMPTS).write_text("\n".join(lines) + "\n", encoding="utf-8")
     weights = random_weights(size, seed=wanted.seed)
-    found, tried = settle(_counter(weights, load_tokenizer(unfinished), lines, wanted, say), wanted)
+    found, tried = settle(_counter(weights, load_tokenizer(unfinished), lines[: wanted.prompts], wanted, say), wanted)
     text = described([completion.tokens for completion in found.completions], size, seed=wanted.seed)
     check_text(text)
     made = {
