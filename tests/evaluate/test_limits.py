@@ -134,10 +134,10 @@ def test_the_buffer_is_far_beyond_the_cache(tmp_path: Path, monkeypatch: pytest.
 
     from layerskip.evaluate import bandwidth
 
-    monkeypatch.setattr(bandwidth, "last_cache", lambda: 48 << 20)
-    for free, wanted in ((1 << 40, 384 << 20), (1 << 30, 256 << 20)):
+    for cache, free, wanted in ((48, 1 << 40, 256), (260, 1 << 40, 520), (260, 1 << 30, 256)):
+        monkeypatch.setattr(bandwidth, "last_cache", lambda cache=cache: cache << 20)
         monkeypatch.setattr(bandwidth.psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
-        assert buffer_size(torch.device("cpu")) == wanted
+        assert buffer_size(torch.device("cpu")) == wanted << 20
 
 
 def test_the_high_water_mark_is_of_what_came_after_the_reset() -> None:

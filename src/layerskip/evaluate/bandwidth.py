@@ -43,7 +43,7 @@ def measure_bandwidth(device: torch.device | str = "cpu", *, size: int | None = 
 
     Args:
         device: whose memory.
-        size: bytes of the buffer; None is 8 times the last cache, at least `LEAST`, at most a quarter of what is free.
+        size: bytes of the buffer; None is twice the last cache, at least `LEAST`, at most a quarter of what is free.
         passes: over the buffer, in each of two ways of reading; the best one counts.
     """
     place = torch.device(device)
@@ -65,7 +65,7 @@ def measure_bandwidth(device: torch.device | str = "cpu", *, size: int | None = 
 def buffer_size(device: torch.device) -> int:
     """Bytes that no cache holds, and memory does."""
     free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
-    return min(max(LEAST, 8 * last_cache()), free // 4)
+    return min(max(LEAST, 2 * last_cache()), free // 4)
 
 
 def last_cache(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:

@@ -43,7 +43,7 @@ def recombined(examples: Iterable[Example], *, share: float, seed: int = 0) -> l
         >>> sorted({made.prompt for made in recombined(pairs, share=40)})
         ['alarm at 7', 'wake me for noon']
     """
-    frames = _frames(examples)
+    frames = _frames(examples, share=share)
     values: dict[Kind, dict[str, None]] = {}
     for frame in frames:
         for kind, begin, end in word_slots(frame):
@@ -76,7 +76,7 @@ def renamed(examples: Iterable[Example], *, share: float, seed: int = 0) -> list
         >>> [made.prompt for made in renamed(pairs, share=1)]
         ['1 2 Miscathaniel', '1 2 mishaniel', '1 2 Ahosella']
     """
-    frames = _frames(examples)
+    frames = _frames(examples, share=share)
     counts = Counter(word for frame in frames for word in frame_words(frame) if word.isalpha())
     rare = [word for word, count in counts.items() if count <= _RARE and len(word) > 2]
     draws = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, 2))))
@@ -89,7 +89,9 @@ def renamed(examples: Iterable[Example], *, share: float, seed: int = 0) -> list
     ]
 
 
-def _frames(examples: Iterable[Example]) -> list[list[str]]:
+def _frames(examples: Iterable[Example], *, share: float) -> list[list[str]]:
+    if share < 0:
+        raise RequestError(f"share {share} of further pairs is not possible; use 0 or more")
     frames = []
     for example in examples:
         if not isinstance(example, Pair):
@@ -99,8 +101,6 @@ def _frames(examples: Iterable[Example]) -> list[list[str]]:
 
 
 def _several(frames: Sequence[list[str]], share: float, draws: np.random.Generator) -> Iterator[list[str]]:
-    if share < 0:
-        raise RequestError(f"share {share} of further pairs is not possible; use 0 or more")
     for frame in frames:
         for _ in range(int(share) + (draws.random() < share % 1)):
             yield frame
