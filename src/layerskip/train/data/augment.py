@@ -128,11 +128,10 @@ def _with_names(
     """The frame with made-up words for some of its own, the same one wherever a word stands."""
     lower = draws.random() < _LOWER
     names: dict[str, str] = {}
-    for word in frame_words(frame):
-        if word not in names:
-            rename = word.isalpha() and draws.random() < _HALF / (_HALF + counts[word])
-            name = _made_up(word, rare, draws) if rename else word
-            names[word] = name.lower() if lower else name
+    for word in dict.fromkeys(frame_words(frame)):
+        rename = word.isalpha() and draws.random() < _HALF / (_HALF + counts[word])
+        name = _made_up(word, rare, draws) if rename else word
+        names[word] = name.lower() if lower else name
     return [part if is_opening(part) else names.get(part, part) for part in frame]
 
 
