@@ -124,7 +124,7 @@ def test_bandwidth_is_measured_over_the_whole_buffer() -> None:
     assert found.record()["bytes"] == 1 << 22
 
 
-def test_the_buffer_is_far_beyond_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_cache_holds_the_buffer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number, size in enumerate(("32K", "1024K", "48M")):
         (tmp_path / f"index{number}").mkdir()
         (tmp_path / f"index{number}" / "size").write_text(size + "\n")

@@ -1,6 +1,6 @@
 """How fast this machine reads memory, measured: what a share of the limit is a share of.
 
-On the CPU a buffer far beyond the cache is read from end to end with torch's current threads; on a GPU it is copied,
+On the CPU a buffer that no cache holds is read from end to end with torch's current threads; on a GPU it is copied,
 and both directions count. Knows buffers and clocks; knows no models.
 """
 
