@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -348,6 +350,26 @@ def test_a_folder_without_a_tokenizer_is_refused(tiny_checkpoint: Path, tmp_path
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"the tokenizer of .* cannot be loaded"):
         layerskip.load(folder)
+
+
+@pytest.mark.parametrize("named", ["TokenizersBackend", "PreTrainedTokenizerFast", "LlamaTokenizerFast", None])
+def test_the_tokenizer_is_the_one_that_transformers_loads(
+    tiny_checkpoint: Path, tmp_path: Path, named: str | None
+) -> None:
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "named")
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"tokenizer_class": named}
+    (folder / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in settings.items() if v is not None}))
+    mine, theirs = layerskip.load(folder).tokenizer, AutoTokenizer.from_pretrained(folder)
+    assert type(mine) is type(theirs)
+    assert [mine(text).input_ids for text in PROMPTS] == [theirs(text).input_ids for text in PROMPTS]
+    assert (mine.eos_token_id, mine.pad_token_id) == (theirs.eos_token_id, theirs.pad_token_id)
+
+
+def test_loading_leaves_out_what_training_needs(tiny_checkpoint: Path) -> None:
+    """Which is most of what importing takes, in seconds and in memory."""
+    code = "import sys, layerskip; layerskip.load(sys.argv[1]).generate('the cat'); print(*sys.modules, sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", code, tiny_checkpoint], capture_output=True, text=True, check=True)
+    assert not {"accelerate", "torch._dynamo", "transformers.modeling_utils"} & set(done.stdout.split())
 
 
 def test_a_cache_that_does_not_fit_says_what_would(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,7 +191,7 @@ def test_an_unknown_recipe_names_those_there_are(run: Any) -> None:
         ("--dropout 0.1 --dropout_depth expo", "unknown depth profile 'expo'; use exponential, linear"),
         ("--exit_scale -1", "e_scale -1.0 is not possible; use 0 or more"),
         ("--distillation 2", r"distillation 2.0 is not possible; use 0\.\.1"),
-        ("--anchor 1 --reference nowhere", "the reference nowhere could not be loaded"),
+        ("--anchor 1 --reference nowhere", "the reference nowhere could not be loaded: .*; give a checkpoint folder"),
         ("--eval_strategy steps", "eval_strategy needs something to evaluate on; give eval_data or eval_share"),
         ("--eval_share 0.00001", "eval_share 1e-05 of 40 examples leaves one side empty; give eval_data"),
         ("--acceptance_prompts 3", "acceptance_prompts are taken from what is evaluated on"),
@@ -255,11 +255,13 @@ def test_a_model_that_cannot_be_loaded(train: Train, tiny_checkpoint: Path, tmp_
     import shutil
 
     none = {"architecture": None, "tokenizer": None, "vocab_size": None, "rotation": 2}
-    refused(train(**none, init_from="nowhere"), 2, "no tokenizer could be loaded from nowhere")
+    refused(
+        train(**none, init_from="nowhere"), 2, "no tokenizer could be loaded from nowhere: .*; give a checkpoint folder"
+    )
     broken = tmp_path / "broken"
     shutil.copytree(tiny_checkpoint, broken)
     (broken / "model.safetensors").write_bytes(b"nothing")
-    refused(train(**none, init_from=str(broken)), 2, f"{broken} could not be loaded: ")
+    refused(train(**none, init_from=str(broken)), 2, f"{broken} could not be loaded: .*; give a checkpoint folder")
 
 
 def test_what_fails_is_one_line_too(train: Train, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from layerskip.errors import CheckpointError
 from layerskip.model import checkpoint
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -24,7 +24,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not any((folder / name).is_file() for name in files):
         raise CheckpointError(f"{folder} has no tokenizer; it needs one of {', '.join(files)}")
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, config=_light_config(folder), local_files_only=True
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"the tokenizer of {folder} cannot be loaded: {reason}") from error
@@ -42,3 +44,20 @@ def end_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase, *, vocab: int) 
         found = [int(tokenizer.eos_token_id)]
     # configurations name ids that the vocabulary has not (padding of another release): they cannot come up
     return sorted({int(token) for token in found if 0 <= int(token) < vocab})
+
+
+def _light_config(folder: Path) -> PreTrainedConfig | None:
+    """The model's configuration as transformers' plain class; None where the model's own class may be asked for.
+
+    Left to find that class, transformers imports what models are made of: 80 MiB, and more time than the tokenizer.
+    It counts only where the tokenizer does not name its own.
+    """
+    from transformers import PreTrainedConfig
+
+    if not all((folder / name).is_file() for name in ("config.json", "tokenizer_config.json")):
+        return None
+    named = checkpoint.read_json(folder / "tokenizer_config.json")
+    if "tokenizer_class" not in named or "auto_map" in named:
+        return None
+    config: PreTrainedConfig = PreTrainedConfig.from_dict(checkpoint.read_json(folder / "config.json"))
+    return config

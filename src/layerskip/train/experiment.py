@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
@@ -41,6 +40,7 @@ from layerskip.train.data import (
     topv2_tokenizer,
     train_tokenizer,
 )
+from layerskip.train.loading import CHOICE, first_line, load_model
 from layerskip.train.recipe import Recipe
 
 
@@ -121,7 +121,7 @@ def tokenizer(recipe: Recipe, learnt: list[Example]) -> PreTrainedTokenizerBase:
     try:
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
-        raise RequestError(f"no tokenizer could be loaded from {name}: {_first_line(error)}") from error
+        raise RequestError(f"no tokenizer could be loaded from {name}: {first_line(error)}; {CHOICE}") from error
     if loaded.pad_token_id is None:  # as Llama's: any id will do, since fill is neither learnt nor attended to
         loaded.pad_token = loaded.eos_token
     return loaded
@@ -189,23 +189,16 @@ def model(recipe: Recipe, tokens: PreTrainedTokenizerBase) -> torch.nn.Module:
         try:
             built: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, **how)
         except (ValueError, ImportError, KeyError, RuntimeError) as error:
-            raise RequestError(f"the model cannot be built: {_first_line(error)}") from error
+            raise RequestError(f"the model cannot be built: {first_line(error)}") from error
     else:
         how |= {"revision": recipe.revision, "dtype": dtype}
-        built = mean_weights([(name, _loaded(name, **how)) for name in recipe.starts])
+        built = mean_weights([(name, load_model(name, **how)) for name in recipe.starts])
     if len(tokens) > built.config.vocab_size:
         raise RequestError(
             f"the tokenizer has {len(tokens):,} tokens and the model {built.config.vocab_size:,}; use the model's own "
             "tokenizer, or leave vocab_size out of architecture"
         )
     return _adapted(built, recipe.lora) if recipe.lora is not None else built
-
-
-def _loaded(name: str, **how: Any) -> Any:
-    try:
-        return AutoModelForCausalLM.from_pretrained(name, **how)
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise RequestError(f"{name} could not be loaded: {_first_line(error)}") from error
 
 
 def _config(architecture: dict[str, Any], tokens: PreTrainedTokenizerBase) -> Any:
@@ -239,11 +232,5 @@ def _adapted(built: Any, settings: dict[str, Any]) -> torch.nn.Module:
         config = LoraConfig(task_type="CAUSAL_LM", **settings)
         adapted: torch.nn.Module = get_peft_model(built, config)
     except (TypeError, ValueError) as error:
-        raise RequestError(f"lora is not possible: {_first_line(error)}") from error
+        raise RequestError(f"lora is not possible: {first_line(error)}") from error
     return adapted
-
-
-def _first_line(error: BaseException) -> str:
-    if isinstance(error, KeyError):
-        return f"nothing is called {error}"
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

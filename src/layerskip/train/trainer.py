@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_utils import has_length
 
 from layerskip.errors import NumericalError, RequestError
@@ -29,6 +29,7 @@ from layerskip.train.dropout import LayerDropout
 from layerskip.train.estimate import Estimate, Work, estimate
 from layerskip.train.exits import EarlyExits, ExitQuality
 from layerskip.train.hidden import HiddenDropout
+from layerskip.train.loading import load_model
 from layerskip.train.loss import IGNORED, Teachers
 from layerskip.train.parts import check_last_exit
 from layerskip.train.rates import rates
@@ -100,7 +101,8 @@ class LayerSkipTrainer(CompleteSaves, ShardedTrainer):
         super().__init__(model=model, args=args, **rest)
         if args.anchor and args.reference and not references:
             names = [args.reference] if isinstance(args.reference, str) else args.reference
-            references = [_reference(name, args) for name in names]
+            how = {"dtype": torch.float32, "device_map": {"": args.device}}
+            references = [load_model(name, what="the reference ", **how) for name in names]
         assert isinstance(self.model, nn.Module)
         inner = self.model
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # sharded or empty weights cannot be run
@@ -349,13 +351,3 @@ class LayerSkipTrainer(CompleteSaves, ShardedTrainer):
                 "learning rate (init_from takes a checkpoint), for this run would fail again were it to resume from "
                 "there"
             )
-
-
-def _reference(name: str, args: LayerSkipConfig) -> nn.Module:
-    """A reference model of the anchor. Raises RequestError where it cannot be loaded."""
-    try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, device_map={"": args.device})
-    except (OSError, ValueError) as error:
-        reason, *_ = [*str(error).strip().splitlines(), type(error).__name__]
-        raise RequestError(f"the reference {name} could not be loaded: {reason}") from error
-    return model
