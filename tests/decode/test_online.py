@@ -11,7 +11,6 @@ import torch
 from layerskip.decode.controllers import Plan
 from layerskip.decode.controllers.choice import PLAIN, Decision, candidates, fastest
 from layerskip.decode.controllers.online import Online
-from layerskip.decode.controllers.seconds import ROW
 from layerskip.decode.draft import Draft, Outcome
 from layerskip.model.stop import Ends
 
@@ -36,11 +35,13 @@ class Machine:
     position: float = 0.03  # what a further position adds to a verification
     overhead: float = 0.0  # of a draft step
     pace: float = 1.0  # others may use the machine
+    cold: float = 1.0  # how much longer a plain round takes after another kind
+    row: int = 0  # plain rounds just now
     draws: random.Random = field(default_factory=lambda: random.Random(5))
 
     def seconds(self, exit: int, tokens: int) -> tuple[float, float]:
         if exit == PLAIN:
-            return 0.0, 0.009 * self.pace
+            return 0.0, 0.009 * self.pace * (self.cold if self.row < 2 else 1.0)
         step = 0.001 * (exit + 1) + self.overhead
         verify = 0.001 * (9 - exit) * (1 + self.position * tokens)
         return (tokens * step + 0.001 * exit) * self.pace, verify * self.pace
@@ -71,6 +72,7 @@ class Machine:
             }
             online.look(decision, seen, chain, outcome, seconds=looked)
         online.learn(decision, chain, outcome)
+        self.row = 0 if tokens else self.row + 1
         return tokens
 
     def kept(self, rate: float, tokens: int) -> int:
@@ -109,7 +111,10 @@ def test_the_fastest_exit_is_found_wherever_it_begins(rates: Mapping[int, float]
 
 def test_what_was_measured_beforehand_is_used_from_the_first_round() -> None:
     machine, mind = Machine(GOOD), online(guesses=GOOD)
-    assert machine.run(mind, 12)[2] >= 10  # the first is plain: it is measured
+    # the first is plain, for it is measured; and some in a row, where drafting looks hardly faster
+    done = machine.run(mind, 40)
+    assert done[2] + done[PLAIN] == 40
+    assert done[PLAIN] <= 7
 
 
 def test_a_recommended_exit_drafts_at_once() -> None:
@@ -131,7 +136,7 @@ def test_drafting_comes_back_when_it_pays() -> None:
     machine.run(mind, 300)
     machine.rates = GOOD
     machine.run(mind, 300)
-    assert machine.run(mind, 200)[2] > 150
+    assert machine.run(mind, 200)[PLAIN] < 50
     machine.rates = NEVER
     machine.run(mind, 100)
     assert machine.run(mind, 200)[PLAIN] > 180
@@ -175,12 +180,12 @@ def test_ever_fewer_rounds_are_watched_until_tokens_get_dearer() -> None:
 
 
 def test_looking_at_other_exits_keeps_within_its_share() -> None:
-    for rates in (GOOD, NEVER):
+    for rates, looked_at in ((GOOD, 3), (NEVER, 7)):  # those that promise something, or all where none does
         machine, mind = Machine(rates), online()
         machine.run(mind, 800)
         assert 0 < mind.overhead <= 0.03 * mind.seconds
         asked = [exit for exit in mind.exits if mind.learned[exit].agreement.first.tried > 0.5]
-        assert len(asked) >= 5
+        assert len(asked) >= looked_at
 
 
 def test_without_a_share_nobody_looks() -> None:
@@ -227,6 +232,14 @@ def test_numbers_of_rows_are_judged_apart() -> None:
     assert many.run(mind, 50)[PLAIN] > 40
 
 
+@pytest.mark.parametrize("cold", [1.0, 1.4])
+def test_plain_rounds_among_drafts_do_not_speak_for_plain_decoding(cold: float) -> None:
+    """Alone they take longer than in a row: by them, drafts that lose a tenth would look like a gain."""
+    machine, mind = Machine(GOOD, rows=16, position=0.45, cold=cold), online(start=2)
+    late = [machine.run(mind, 200) for _ in range(3)][-1]
+    assert late[PLAIN] > 150, late
+
+
 def test_a_model_of_one_layer_has_no_exit() -> None:
     assert candidates(1) == []
     machine = Machine({})
@@ -258,11 +271,13 @@ def test_one_slow_copy_says_little() -> None:
     """The first round of a kind may take ten times as long; believed, it would forbid all others for good."""
     mind = online()
     Machine(NEVER).run(mind, 5)
+    before = mind.copy_seconds(1, 8)
+    assert before == pytest.approx(0.009 * (1 + 8 * 0.03), rel=0.05)
 
     def copied(seconds: float) -> float | None:
         outcome = Outcome(EMPTY, EMPTY, [8], [[*range(8)]], [[1] * 9], 0.0, seconds)
         mind.learn_copy(Draft(torch.zeros(1, 8, dtype=torch.long)), outcome)
         return mind.copy_seconds(1, 8)
 
-    assert copied(0.15) == mind.copy_seconds(1, 8) == pytest.approx(0.009 * (1 + 8 * ROW))
+    assert copied(0.15) == before
     assert [copied(0.02) for _ in range(5)][-1] == pytest.approx(0.02, rel=0.05)

@@ -14,13 +14,14 @@ from collections.abc import Mapping, Sequence
 from layerskip.decode.controllers.choice import PLAIN, Decision, Fastest, candidates, fastest
 from layerskip.decode.controllers.gain import PRICE, Learned
 from layerskip.decode.controllers.places import WAIT, Place, Places
-from layerskip.decode.controllers.seconds import ROW, Pace
+from layerskip.decode.controllers.seconds import Pace
 from layerskip.decode.draft import Draft, Outcome
 
 _EVERY = 8  # rounds between two choices
 _FADE = 0.96  # what an observation counts for after one more choice: nobody knows how long a text stays as it is
 _SWITCH = 1.05  # how much faster another exit has to look
 _LEAVE, _RETURN = 1.02, 1.03  # how much slower than plain drafting has to be to end, and how much faster to begin anew
+_HASTE = 1.5  # how much faster drafting has to be for plain rounds measured one by one to say so
 _TRIAL, _SETTLED = 6, 40  # rounds of drafting until it is judged, and until it counts as won
 _REST, _MOST_REST = 3, 15  # rounds that repeat what is done, between two that are watched: at first, and at last
 _VARY = 1.25  # how differently such a round prices tokens
@@ -98,8 +99,7 @@ class Online:
         elif place.asked:
             return Decision(PLAIN)
         elif place.rounds > place.next_plain:  # what plain decoding takes has to be known to compare with it
-            place.gap = min(2 * place.gap, 256)
-            place.next_plain = place.rounds + place.gap
+            place.ask()
             return Decision(PLAIN)
         token, taps = self._token(place, rows), self._taps(place)
         if place.exit == PLAIN:
@@ -110,11 +110,7 @@ class Online:
 
     def copy_seconds(self, rows: int, width: int) -> float | None:
         """What a round that copies so many tokens takes; None where nothing is known."""
-        place = self.places.at(rows)
-        pace = place.paces.get(PLAIN)
-        if pace is not None and pace.known:
-            return pace.start + pace.step * width
-        return None if place.step is None else place.step * (1 + ROW * width)
+        return self.places.copy(self.places.at(rows), width)
 
     # -- after a round
 
@@ -124,6 +120,10 @@ class Online:
         place, seconds = self.places.at(rows), outcome.draft_seconds + outcome.verify_seconds
         self.seconds += seconds
         emitted = sum(map(len, outcome.emitted))
+        if count:
+            place.row = 0
+        else:  # looking for copies is left out: rounds that repeat what is done do not look
+            place.took(outcome.verify_seconds if decision.watched and not decision.taps else None)
         if count and decision.exit == place.exit:
             place.spent.add(emitted, seconds - (self._looked if decision.taps else 0.0))
         if not decision.watched:
@@ -137,13 +137,12 @@ class Online:
             if place.trial and place.step is not None:
                 self.lost += max(0.0, seconds - emitted * place.step / rows)
             self._judge(place, rows)
-        elif not count and not decision.taps:
-            place.took(seconds)
 
     def learn_copy(self, draft: Draft, outcome: Outcome) -> None:
         """Takes up a round that copied instead."""
         place = self.places.at(len(outcome.accepted))
         place.stir()  # the next round may go on copying
+        place.row = 0
         self.seconds += outcome.draft_seconds + outcome.verify_seconds
         pace = place.paces.setdefault(PLAIN, Pace(passes=False))
         pace.add(draft.tokens.shape[1], draft=outcome.draft_seconds, verify=outcome.verify_seconds)
@@ -216,11 +215,9 @@ class Online:
         spent, step = place.spent, place.step
         if spent.count >= _SETTLED:
             place.trial, place.doubted, place.wait = False, False, WAIT
-        if (
-            step is None
-            or spent.count < (2 * _TRIAL if place.doubted else _TRIAL)
-            or spent.token * rows <= _LEAVE * step
-        ):
+        if step is None or spent.count < (2 * _TRIAL if place.doubted else _TRIAL):
+            return
+        if spent.token * rows <= (_LEAVE * step if place.sure else step / _HASTE):
             return
         if not place.trial and not place.doubted:
             place.doubt()

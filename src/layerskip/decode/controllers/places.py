@@ -15,7 +15,9 @@ from layerskip.decode.controllers.seconds import RECENT, ROW, Pace, bucket, medi
 WAIT = 8
 """Plain rounds until drafting is tried again, the first time that it did not pay."""
 
-_ASKED = 3  # plain rounds that drafting is compared with once more
+_UNUSED = 2  # plain rounds after another kind that say little: they take up to 1.3 times as long as those in a row
+_ASKED = 3 + _UNUSED  # plain rounds in a row that drafting is compared with
+_LATER = 128  # rounds until plain ones are measured again
 _SEEN = 16  # rounds of a choice until it is taken to be known
 
 
@@ -35,6 +37,7 @@ class Place:
         self.rounds = 0
         self.waited, self.wait, self.trial, self.gave_up = 0, WAIT, False, False
         self.doubted, self.asked = False, 0  # whether drafting was seen to lose once; plain rounds to compare with it
+        self.row, self.sure = 0, False  # plain rounds just now; whether plain rounds were measured in a row
         self.routine = Decision(PLAIN)  # what unwatched rounds repeat
         self.stir()
 
@@ -59,17 +62,30 @@ class Place:
         """Something changes: the next rounds are watched more closely."""
         self.unwatched, self.calm = 0, 0
 
-    def took(self, seconds: float) -> None:
-        """Takes up a plain round."""
-        if self.asked == _ASKED:
-            self.plain.clear()
+    def took(self, seconds: float | None = None) -> None:
+        """Takes up a plain round: what it took, where that was measured. The first ones after another kind count only
+        until there are better ones."""
         self.asked = max(self.asked - 1, 0)
-        self.plain.append(seconds)
+        self.row += 1
+        if seconds is None:
+            return
+        if self.row > _UNUSED and not self.sure:
+            self.plain.clear()
+            self.sure = True
+        if self.row > _UNUSED or not self.sure:
+            self.plain.append(seconds)
+
+    def ask(self) -> None:
+        """Some plain rounds in a row come next, in turns that become rarer; one will do while nothing is at stake."""
+        self.gap = min(2 * self.gap, 256)
+        self.next_plain = self.rounds + self.gap
+        self.asked = _ASKED if self.sure else 1
 
     def doubt(self) -> None:
-        """Drafting seems to lose. Plain rounds may have been measured long ago, and the machine may be what changed:
-        both are measured again, one after the other."""
-        self.doubted, self.asked, self.spent = True, _ASKED, Spent()
+        """Drafting seems to lose. Plain rounds may have been measured long ago, or one by one, and the machine may be
+        what changed: both are measured again, one after the other."""
+        self.doubted, self.asked, self.sure, self.spent = True, _ASKED, False, Spent()
+        self.next_plain, self.gap = self.rounds + _LATER, _LATER
         self.stir()
 
     def forget(self) -> None:
@@ -119,6 +135,18 @@ class Places:
             return None
         start, step = self.line(place, exit)
         return start + step * tokens
+
+    def copy(self, place: Place, tokens: int) -> float | None:
+        """What a round takes that verifies so many copied tokens: as measured, else by what drafted ones take, else by
+        what a plain round takes; None where nothing is known."""
+        pace = place.paces.get(PLAIN)
+        if pace is not None and pace.known:
+            return pace.start + pace.step * tokens
+        if place.measured:
+            exit = min(place.measured)
+            rest = (self.depth + self.head) / (self.depth - exit + self.head)
+            return place.paces[exit].verify.at(tokens) * rest
+        return None if place.step is None else place.step * (1 + ROW * tokens)
 
     def line(self, place: Place, exit: int) -> tuple[float, float]:
         """(seconds of a round, and of each drafted token more) of an exit: as measured, else from the nearest exit that

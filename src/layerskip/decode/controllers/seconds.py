@@ -103,7 +103,7 @@ class Pace:
         # K + 1 passes, the last one without the head; and what a round takes besides, which is most of it where passes
         # take microseconds
         self.draft = Line(least=0.1, most=3.0, expected=1.0) if passes else Line(least=0, most=0, expected=0)
-        self.verify = Line(least=0.0, most=0.3, expected=ROW)
+        self.verify = Line(least=0.0, most=1.0, expected=ROW)  # many rows pay for a position as for the first
 
     def add(self, drafted: int, *, draft: float, verify: float) -> None:
         """Takes a round that drafted so many tokens."""
