@@ -234,8 +234,9 @@ def test_numbers_of_rows_are_judged_apart() -> None:
 
 @pytest.mark.parametrize("cold", [1.0, 1.4])
 def test_plain_rounds_among_drafts_do_not_speak_for_plain_decoding(cold: float) -> None:
-    """Alone they take longer than in a row: by them, drafts that lose a tenth would look like a gain."""
-    machine, mind = Machine(GOOD, rows=16, position=0.45, cold=cold), online(start=2)
+    """Alone they take longer than in a row: by them, drafts that lose would look like a gain."""
+    machine, mind = Machine(GOOD, rows=16, position=0.7, cold=cold), online(start=2)
+    assert machine.best() == PLAIN
     late = [machine.run(mind, 200) for _ in range(3)][-1]
     assert late[PLAIN] > 150, late
 
