@@ -182,6 +182,8 @@ def watched(write: Callable[..., Path]) -> dict[str, Any]:
         "dropout-fsdp": {"path": str(write(**shards, dropout=0.5))},
         "cut": {"path": str(cut := write(**shards, save_strategy="steps", save_steps=3)), "stop": 5},
         "resumed": {"path": str(cut)},
+        "muon": {"path": str(write(**ADAM, muon=True, max_steps=2))},
+        "muon-fsdp": {"path": str(write(**shards, muon=True, max_steps=2))},
         "narrow": {"path": str(write(**shards, save_dtype="bfloat16", max_steps=2))},
     }
     folder = Path(jobs["ddp"]["path"]).parent
@@ -215,6 +217,12 @@ def test_shards_learn_what_whole_weights_learn(watched: dict[str, Any], alone: A
             assert metrics[0][name] == pytest.approx(value, rel=1e-6), name
     with pytest.raises(AssertionError):  # dropout is not nothing
         assert_close(weights(watched["dropout"]["path"]), weights(watched["ddp"]["path"]))
+
+
+def test_shards_of_matrices_are_turned_as_the_whole_ones_are(watched: dict[str, Any]) -> None:
+    whole, shards = (weights(watched[name]["path"]) for name in ("muon", "muon-fsdp"))
+    for name, tensor in whole.items():  # PyTorch's Muon iterates in bfloat16, and moves them by 3e-3 a step
+        torch.testing.assert_close(shards[name], tensor, rtol=0, atol=5e-4, msg=name)
 
 
 def test_shards_that_are_resumed_equal_a_run_that_was_not_cut(watched: dict[str, Any]) -> None:

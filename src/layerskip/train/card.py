@@ -20,6 +20,7 @@ SETTINGS = (
     "anchor",
     "hidden_dropout",
     "ema_decay",
+    "muon",
 )
 """The keys of a recipe that say how exits were trained."""
 

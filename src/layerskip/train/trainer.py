@@ -16,8 +16,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 from torch.utils.data import Sampler
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from layerskip.errors import NumericalError, RequestError
@@ -31,6 +32,7 @@ from layerskip.train.exits import EarlyExits, ExitQuality
 from layerskip.train.hidden import HiddenDropout
 from layerskip.train.loading import load_model
 from layerskip.train.loss import IGNORED, Teachers
+from layerskip.train.muon import with_muon
 from layerskip.train.parts import check_last_exit
 from layerskip.train.rates import rates
 from layerskip.train.saving import CompleteSaves
@@ -54,6 +56,7 @@ class LayerSkipConfig(TrainingArguments):
         loss_chunk: tokens whose logits are held at a time; 0 holds one exit's whole logits.
         hidden_dropout: chance that a number added to the states is left out, for families without such a setting.
         ema_decay: of the moving average of the weights, which is what is evaluated and saved; 0 is no average.
+        muon: whether Muon updates the matrices of the layers; all other weights have the optimizer of `optim`.
         fully_shard: shard weights and optimizer over the processes (FSDP2), where no launcher's configuration does.
 
     `train_sampling_strategy="group_by_length"` uses `LengthBuckets` for our own rows.
@@ -73,6 +76,7 @@ class LayerSkipConfig(TrainingArguments):
     loss_chunk: int = field(default=4096, metadata={"help": "tokens whose logits are held at a time; 0 is all"})
     hidden_dropout: float = field(default=0.0, metadata={"help": "chance that a number added to the states is 0"})
     ema_decay: float = field(default=0.0, metadata={"help": "of the weights' moving average; 0 is no average"})
+    muon: bool = field(default=False, metadata={"help": "Muon for the layers' matrices, optim for the rest"})
     fully_shard: bool = field(default=False, metadata={"help": "shard over the processes (FSDP2) without a launcher"})
 
     def teachers(self) -> Teachers:
@@ -145,6 +149,19 @@ class LayerSkipTrainer(CompleteSaves, ShardedTrainer):
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """`Trainer`'s, or Muon beside it. Raises RequestError where `with_muon` does."""
+        if self.args.muon and self.optimizer is None:
+            whole = cast("PreTrainedModel", self.model if model is None else model)
+            self.optimizer = with_muon(
+                whole,
+                rest=self.get_optimizer_cls_and_kwargs(self.args, whole),
+                decayed=self.get_decay_parameter_names(whole),
+                learning_rate=self.args.learning_rate,
+                weight_decay=self.args.weight_decay,
+            )
+        return super().create_optimizer(model)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One forward and backward pass under the curriculum's exits and this step's draws."""

@@ -121,7 +121,7 @@ class Online:
         self.seconds += seconds
         emitted = sum(map(len, outcome.emitted))
         if count:
-            place.row = 0
+            place.drafted()
         else:  # looking for copies is left out: rounds that repeat what is done do not look
             place.took(outcome.verify_seconds if decision.watched and not decision.taps else None)
         if count and decision.exit == place.exit:
@@ -142,7 +142,7 @@ class Online:
         """Takes up a round that copied instead."""
         place = self.places.at(len(outcome.accepted))
         place.stir()  # the next round may go on copying
-        place.row = 0
+        place.drafted()
         self.seconds += outcome.draft_seconds + outcome.verify_seconds
         pace = place.paces.setdefault(PLAIN, Pace(passes=False))
         pace.add(draft.tokens.shape[1], draft=outcome.draft_seconds, verify=outcome.verify_seconds)

@@ -62,6 +62,10 @@ class Place:
         """Something changes: the next rounds are watched more closely."""
         self.unwatched, self.calm = 0, 0
 
+    def drafted(self) -> None:
+        """Takes up a round that was not plain."""
+        self.row = 0
+
     def took(self, seconds: float | None = None) -> None:
         """Takes up a plain round: what it took, where that was measured. The first ones after another kind count only
         until there are better ones."""
