@@ -11,10 +11,10 @@ from layerskip.errors import RequestError
 from layerskip.train.muon import with_muon
 from layerskip.train.parts import parts
 from layerskip.train.trainer import LayerSkipConfig, LayerSkipTrainer
+from tests.train.sequences import QUIET, rows
 
 Causal = Callable[..., Any]
 
-QUIET: dict[str, Any] = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
 STEPS: dict[str, Any] = {
     "per_device_train_batch_size": 8,
     "max_steps": 6,
@@ -22,12 +22,6 @@ STEPS: dict[str, Any] = {
     "learning_rate": 1e-2,
     "curriculum": "last",
 }
-
-
-def rows(count: int) -> list[dict[str, torch.Tensor]]:
-    """Sequences that a small model learns: each token is the last plus a step of its own."""
-    sequences = [(torch.arange(14) * (1 + i % 3) + i) % 61 for i in range(count)]
-    return [{"input_ids": ids, "labels": ids} for ids in sequences]
 
 
 def trainer(model: Any, folder: Path, **changes: Any) -> LayerSkipTrainer:
@@ -65,10 +59,15 @@ def test_a_step_turns_matrices_of_layers_and_leaves_the_rest_to_the_other_optimi
 
 
 def test_the_schedule_moves_both(causal: Causal, tmp_path: Path) -> None:
-    run = trainer(causal("llama").float(), tmp_path, muon=True, lr_scheduler_type="linear")
+    model = causal("llama").float()
+    run = trainer(model, tmp_path, muon=True, lr_scheduler_type="linear")
     run.train()
+    ended = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    for weight in model.parameters():
+        weight.grad = torch.ones_like(weight)
     assert run.optimizer is not None
-    assert {group["lr"] for group in run.optimizer.param_groups} == {0.0}
+    run.optimizer.step()
+    assert all(torch.equal(weight, ended[name]) for name, weight in model.named_parameters()), "it ends at 0"
 
 
 def test_it_learns(causal: Causal, tmp_path: Path) -> None:

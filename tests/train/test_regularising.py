@@ -12,18 +12,12 @@ from layerskip.errors import RequestError
 from layerskip.train.average import FILE
 from layerskip.train.hidden import HiddenDropout
 from layerskip.train.trainer import LayerSkipConfig, LayerSkipTrainer
+from tests.train.sequences import QUIET, rows
 
 Causal = Callable[..., Any]
 
 
 RECIPE: dict[str, Any] = {"dropout": 0.3, "curriculum": "rotational", "rotation": 3, "exit_scale": 1.0}
-QUIET: dict[str, Any] = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
-
-
-def rows(count: int) -> list[dict[str, torch.Tensor]]:
-    """Sequences that a small model learns: each token is the last plus a step of its own."""
-    sequences = [(torch.arange(14) * (1 + i % 3) + i) % 61 for i in range(count)]
-    return [{"input_ids": ids, "labels": ids} for ids in sequences]
 
 
 def states(model: Any) -> dict[str, torch.Tensor]:
