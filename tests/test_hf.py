@@ -347,6 +347,38 @@ class StopAt(StoppingCriteria):
         return torch.tensor([input_ids.shape[1] >= length for length in self.lengths])
 
 
+class Guestbook(Lookup):
+    """Copies, and notes which rows it drafted for and which of them left."""
+
+    def __init__(self) -> None:
+        super().__init__(tokens=3)
+        self.came: set[int] = set()
+        self.left: set[int] = set()
+
+    def propose(self, rows: Any, tokens: int) -> Any:
+        self.came.update(rows.keys)
+        return super().propose(rows, tokens)
+
+    def leave(self, key: int) -> None:
+        self.left.add(key)
+        super().leave(key)
+
+
+def test_drafters_may_forget_rows_that_a_criterion_or_an_error_ends(model: Any) -> None:
+    class Fails(StoppingCriteria):
+        def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+            raise ZeroDivisionError
+
+    book = Guestbook()
+    settings = {"max_new_tokens": 24, "pad_token_id": PAD, "custom_generate": hf.generate, "draft": book}
+    model.generate(**ragged(3), **settings, stopping_criteria=[StopAt(12, 14, 16)])
+    assert len(book.came) == 3
+    with pytest.raises(ZeroDivisionError):
+        model.generate(**ragged(3), **settings, stopping_criteria=[Fails()])
+    assert len(book.came) == 6
+    assert book.left == book.came
+
+
 def test_any_of_several_eos_ids_ends_a_row_and_pads_fill_it(model: Any) -> None:
     text = words(model)
     for i in range(2, 9):

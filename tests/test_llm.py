@@ -466,9 +466,15 @@ def test_arguments_of_another_kind_are_named(llm: LLM) -> None:
         ({"n": 1.5}, "n 1.5"),
         ({"logprobs": True}, "logprobs True"),
         ({"sampling": {"temperature": 1}}, r"use layerskip.Sampling\(\.\.\.\)"),
+        ({"stop": 5}, "stop 5 is not possible; use a text, or a list of texts"),
+        ({"stop": [1]}, r"stop \[1\] is not possible"),
+        ({"stop": b"x"}, "stop b'x' is not possible"),
+        ({"prompt": [1, [2]]}, "a list of neither texts nor token ids"),
+        ({"sampling": Sampling(processors=[lambda ids, logits: None])}, "returned None; return the logits of all"),  # type: ignore[arg-type,return-value]
+        ({"sampling": Sampling(processors=[lambda ids, logits: logits[1:]])}, "return the logits of all"),
     ):
         with pytest.raises(RequestError, match=message):
-            llm.generate("the cat", **arguments)  # type: ignore[arg-type]
+            llm.generate(**{"prompt": "the cat", **arguments})  # type: ignore[arg-type]
     for make, message in (
         (lambda: EarlyExit(2.5), "draft exit 2.5"),  # type: ignore[arg-type]
         (lambda: EarlyExit(2, tokens="4"), "draft tokens '4'"),  # type: ignore[arg-type]
@@ -476,6 +482,21 @@ def test_arguments_of_another_kind_are_named(llm: LLM) -> None:
         (lambda: Sampling(temperature=None), "temperature None"),  # type: ignore[arg-type]
         (lambda: Sampling(top_k=2.5), "top_k 2.5"),  # type: ignore[arg-type]
         (lambda: Sampling(seed="a"), "seed 'a'"),  # type: ignore[arg-type]
+        (lambda: Sampling(banned=5), "banned 5 is not possible; use a list of token ids"),  # type: ignore[arg-type]
+        (lambda: Sampling(banned="x"), "banned 'x' is not possible"),  # type: ignore[arg-type]
+        (lambda: Sampling(banned=[1.0]), "token 1.0 is not possible"),  # type: ignore[list-item]
+        (lambda: Sampling(logit_bias={"3": 1.0}), "token '3'"),  # type: ignore[dict-item]
+        (lambda: Sampling(logit_bias={3: "x"}), "logit_bias of token 3 'x'"),  # type: ignore[dict-item]
+        (lambda: Sampling(logit_bias=[1]), r"logit_bias \[1\] is not possible; use a mapping"),  # type: ignore[arg-type]
+        (lambda: Sampling(processors=len), "processors .* is not possible; use a list of functions"),  # type: ignore[arg-type]
+        (lambda: EarlyExit(2, length=None), "unknown draft length None"),  # type: ignore[arg-type]
+        (lambda: layerskip.load(dtype=5), "unknown dtype 5"),  # type: ignore[arg-type]
+        (lambda: layerskip.load(weights=5), "unknown weights 5"),  # type: ignore[arg-type]
+        (lambda: layerskip.load(max_batch="4"), "max_batch '4'"),  # type: ignore[arg-type]
+        (lambda: layerskip.load(device="meta"), "device meta holds no numbers"),
+        (lambda: layerskip.load(device="xpu"), "device xpu is not here"),
+        (lambda: llm.score([1, -1]), "token -1 is outside the vocabulary"),
+        (lambda: llm.score("the cat", exit="3"), "exit '3' is not possible"),  # type: ignore[arg-type]
     ):
         with pytest.raises(RequestError, match=message):
             make()

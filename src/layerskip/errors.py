@@ -15,6 +15,7 @@ This file imports nothing of ours and nothing heavy, so every other module may u
 
 import difflib
 from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
 
 
 class LayerSkipError(Exception):
@@ -48,27 +49,37 @@ class StorageError(LayerSkipError, OSError):
 
 def check_whole(name: str, value: object) -> None:
     """Raises RequestError unless a value is a whole number; a float or a text would fail later, somewhere else."""
-    if not isinstance(value, int) or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise RequestError(f"{name} {value!r} is not possible; use a whole number")
 
 
 def check_number(name: str, value: object) -> None:
     """Raises RequestError unless a value is a number."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise RequestError(f"{name} {value!r} is not possible; use a number")
 
 
 def check_exit(exit: int, *, layers: int) -> None:
     """Raises RequestError unless a model of so many layers has this exit."""
+    check_whole("exit", exit)
     if not 1 <= exit <= layers:
         raise RequestError(f"exit {exit} is not inside this {layers}-layer model; use 1..{layers}")
 
 
-def suggest(word: str, allowed: Iterable[str]) -> str:
+def check_ids(ids: Iterable[int], *, vocab: int, name: str = "token") -> None:
+    """Raises RequestError unless all are tokens of a vocabulary of that size."""
+    for token in ids:
+        if type(token) is not int:  # texts are long, and nearly all are
+            check_whole(name, token)
+        if not 0 <= token < vocab:
+            raise RequestError(f"{name} {token} is outside the vocabulary; use 0..{vocab - 1}")
+
+
+def suggest(word: object, allowed: Iterable[str]) -> str:
     """The tail of an error message: the allowed word nearest to a misspelt one.
 
     Args:
-        word: what was given.
+        word: what was given; also what is no word.
         allowed: what could have been given.
 
     Returns:
@@ -80,5 +91,5 @@ def suggest(word: str, allowed: Iterable[str]) -> str:
         >>> suggest("seed", ["temperature", "top_k"])
         ''
     """
-    near = difflib.get_close_matches(word, list(allowed), n=1)
+    near = difflib.get_close_matches(str(word), list(allowed), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from layerskip.decode.pool import Pool
+from layerskip import CapacityError
+from layerskip.decode.pool import Pool, common_prefix
 from layerskip.model import cache as cache_module
 
 TALK = [1, 2, 3, 4, 5, 6]
@@ -52,3 +53,32 @@ def test_a_claim_for_which_idle_rows_must_go_finds_nothing_of_theirs(
     monkeypatch.setattr(cache_module, "free_bytes", free)
     assert pool.claim([*TALK, 7], depth=1, slots=200) == (0, 0)
     assert len(pool.rows) == pool.cache.rows == 1
+
+
+def test_a_claim_that_can_never_fit_leaves_idle_rows_what_they_hold(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used(pool, TALK)
+    monkeypatch.setattr(cache_module, "free_bytes", lambda _: 0)
+    with pytest.raises(CapacityError):
+        pool.claim([*TALK, 7], depth=1, slots=200)
+    assert pool.shared([*TALK, 7], depth=1) == len(TALK)
+    assert pool.claim([*TALK, 7], depth=1, slots=64)[1] == len(TALK)
+
+
+def test_a_cache_that_grows_token_by_token_is_copied_a_few_times(pool: Pool) -> None:
+    sizes = set()
+    for slots in range(1, 2049):
+        pool.make_room(rows=1, slots=slots)
+        assert pool.cache.slots >= slots
+        sizes.add(pool.cache.slots)
+    assert len(sizes) < 12
+    assert pool.cache.slots < 2 * 2048
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 7, 100])
+def test_common_prefix(length: int) -> None:
+    for same in range(length + 1):
+        other = [*range(same), *range(1000, 1000 + length - same)]
+        assert common_prefix(range(length), other) == same
+        assert common_prefix([*range(same)], [*range(length)]) == same

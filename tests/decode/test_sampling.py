@@ -142,6 +142,29 @@ def test_laws_equal_transformers(name: str, draft: Draft) -> None:
         check(law, draft, logits, samplings)
 
 
+@pytest.mark.parametrize("flat", [0.01, 3.0], ids=["flat", "peaked"])
+def test_laws_over_many_tokens_equal_transformers_whether_a_few_hold_most_or_not(flat: float) -> None:
+    samplings = [Sampling(temperature=1.0, top_p=top_p) for top_p in (0.3, 0.9, 0.999, 1.0)]
+    logits = torch.randn(4, 1, 3000, generator=torch.Generator().manual_seed(0)) * flat
+    none = torch.zeros(4, 0, dtype=torch.long)
+    law = dense(Law(samplings, 3000, ids=PROMPTS)(logits, none, none[:1, :0].bool()))
+    for row, s in enumerate(samplings):
+        expected = by_transformers(logits[row, 0], PROMPTS[row], s)
+        torch.testing.assert_close(law[row, 0], expected, atol=1e-6, rtol=1e-4)
+        # sums of thousands of equal numbers round at the border
+        assert abs(int((law[row, 0] > 0).sum()) - int((expected > 0).sum())) <= 1
+        alone = Law([s], 3000, ids=[PROMPTS[row]])(logits[row : row + 1], none[:1], none[:1, :0].bool())
+        assert torch.equal(dense(alone)[0], law[row])
+
+
+def test_tokens_as_likely_as_the_last_of_top_p_stay() -> None:
+    law = Law([Sampling(temperature=1.0, top_p=0.5)], 4, ids=[[0]])
+    none = torch.zeros(1, 0, dtype=torch.long)
+    logits = torch.tensor([0.4, 0.2, 0.2, 0.2]).log()[None, None]
+    kept = dense(law(logits, none, none.bool()))
+    torch.testing.assert_close(kept[0, 0], torch.tensor([0.4, 0.2, 0.2, 0.2]))
+
+
 @pytest.mark.parametrize("draft", [CHAIN, TREE], ids=["chain", "tree"])
 def test_rows_of_a_batch_keep_their_own_settings(draft: Draft) -> None:
     names, ancestors = list(SETTINGS), draft.ancestors()

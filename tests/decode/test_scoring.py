@@ -72,6 +72,7 @@ def test_the_last_token_is_not_run(tiny: Callable[..., Any], decoder_of: Callabl
         (([1], []), 4, "need one token each"),
         (([1], [2]), 5, r"exit 5 is not inside this 4-layer model; use 1\.\.4"),
         (([1], [2]), 0, "exit 0 is not inside"),
+        (([1], [999999]), 4, "token 999999 is outside the vocabulary"),
     ],
 )
 def test_what_cannot_be_scored(

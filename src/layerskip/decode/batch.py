@@ -31,7 +31,7 @@ from layerskip.decode.request import Request, Round, Seconds, cut
 from layerskip.decode.sampling import Chosen, Law, Laws
 from layerskip.decode.tree import node_depths, tree_mask
 from layerskip.decode.verify import Uniforms, Verdict, verify_chain, verify_chosen, verify_tree
-from layerskip.errors import LayerSkipError, RequestError, check_exit, check_whole
+from layerskip.errors import LayerSkipError, RequestError, check_exit, check_ids
 from layerskip.model.decoder import Decoder
 
 
@@ -51,7 +51,7 @@ class _Found:
     Args:
         path: the drafted tokens kept, as indices into the draft.
         tokens: what the row may gain: the kept tokens and one more, up to the first law that broke.
-        logits: (n, V) raw, that the kept tokens and the one more were chosen by.
+        logits: (K + 1, V) raw, of every node of the row; a view, because few rounds need them.
         poisoned: whether a node of the row, kept or not, has logits that are not finite.
     """
 
@@ -59,6 +59,10 @@ class _Found:
     tokens: list[int]
     logits: Tensor
     poisoned: bool
+
+    def chosen_by(self, count: int | None = None) -> Tensor:
+        """(n, V) the raw logits that the kept tokens and the one more were chosen by; of the first `count`."""
+        return self.logits[[0, *(node + 1 for node in self.path)][:count]]
 
 
 class Batch:
@@ -79,7 +83,6 @@ class Batch:
     ) -> None:
         layers = decoder.shape.layers
         self.exit = layers if exit is None else exit
-        check_whole("exit", self.exit)
         check_exit(self.exit, layers=layers)
         if drafter is not None:
             if isinstance(drafter, type) or not hasattr(drafter, "propose"):  # a caller's mistake, named here
@@ -178,9 +181,7 @@ class Batch:
                 f"the prompt has {len(request.ids)} tokens; this model's context holds {shape.context}, "
                 f"so use at most {shape.context - 1}"
             )
-        for token in (*request.ids, *request.eos):
-            if not 0 <= token < shape.vocab:
-                raise RequestError(f"token {token} is outside the vocabulary; use 0..{shape.vocab - 1}")
+        check_ids((*request.ids, *request.eos), vocab=shape.vocab)
         Law([request.sampling], shape.vocab, ids=[request.ids])
 
     # -- one round
@@ -256,16 +257,18 @@ class Batch:
             tokens = verify_chosen(own, drafted[:length])
             whole = next((i for i in range(len(tokens)) if broken[i]), len(tokens))
             poisoned = any(broken) and not bool(scored.logits[b].isfinite().all())
-            path = list(range(len(tokens) - 1))
-            found.append(_Found(path, tokens[:whole], scored.logits[b, : len(tokens)], poisoned))
+            found.append(_Found(list(range(len(tokens) - 1)), tokens[:whole], scored.logits[b], poisoned))
         return found
 
     def _verify(self, rows: Rows, draft: Draft, target: Laws) -> Verdict:
         drafted = draft.tokens.shape[1]
+        token = rows.uniform(Purpose.TOKEN, drafted + 1)
+        none = token[:, :0]
+        drawn = draft.proposals is not None  # tokens that were chosen are matched with the target's draw
         uniforms = Uniforms(
-            token=rows.uniform(Purpose.TOKEN, drafted + 1),
-            accept=rows.uniform(Purpose.ACCEPT, drafted),
-            residual=rows.uniform(Purpose.RESIDUAL, drafted),
+            token=token,
+            accept=rows.uniform(Purpose.ACCEPT, drafted) if drawn else none,
+            residual=rows.uniform(Purpose.RESIDUAL, drafted) if drawn else none,
         )
         if draft.parents is None:
             assert isinstance(target, Tensor), "chosen tokens are compared"
@@ -298,7 +301,7 @@ class Batch:
             poisoned = any(laws) and not bool(scored.logits[b].isfinite().all())
             # tokens drawn before the first broken law are good
             whole = next((i for i, node in enumerate(nodes) if laws[node]), len(nodes))
-            found.append(_Found(path, [*tokens, token][:whole], scored.logits[b, nodes], poisoned))
+            found.append(_Found(path, [*tokens, token][:whole], scored.logits[b], poisoned))
         return found
 
     def _undrafted(self, rows: Sequence[int]) -> Iterator[tuple[int, _Found]]:
@@ -328,11 +331,11 @@ class Batch:
             emitted, finish = cut(fate.tokens, row.request, len(row.ids), row.limit)
             error = None
             if not fate.tokens:
-                error, finish = self._diagnose(row, fate.logits), "error"
+                error, finish = self._diagnose(row, fate.chosen_by()), "error"
             accepted = min(len(fate.path), len(emitted))
             logprobs = None
             if row.request.logprobs is not None:
-                logprobs = rank(fate.logits[: len(emitted)], emitted, row.request.logprobs)
+                logprobs = rank(fate.chosen_by(len(emitted)), emitted, row.request.logprobs)
             row.ids += emitted
             outcome.accepted.append(accepted)
             outcome.path.append(fate.path[:accepted])

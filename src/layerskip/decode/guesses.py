@@ -17,7 +17,7 @@ from torch import Tensor
 
 from layerskip.decode.numerics import diagnose
 from layerskip.decode.prefill import CHUNK, prefill
-from layerskip.errors import RequestError, check_exit
+from layerskip.errors import RequestError, check_exit, check_ids
 from layerskip.model.cache import Cache
 from layerskip.model.decoder import Decoder
 
@@ -64,7 +64,7 @@ def guess(
         beyond: tokens that drafts are followed by after a wrong guess.
 
     Raises:
-        RequestError: no prompt, no text, or an exit outside the model.
+        RequestError: no prompt, no text, an id outside the vocabulary, or an exit outside the model.
         NumericalError: an exit's logits are not finite.
         CapacityError: no memory for the cache of this text.
     """
@@ -73,6 +73,7 @@ def guess(
         check_exit(exit, layers=layers)
     if not prompt or not text:
         raise RequestError("guesses need a prompt and a text after it; give at least one token of each")
+    check_ids(ids, vocab=decoder.shape.vocab)
     cache = decoder.cache(rows=1, slots=len(ids) + min(BRANCHES, len(text) + 1) * beyond)
     first = len(prompt) - 1  # the guess at a place is made at the token before it
     prefill(decoder, cache, rows=[0], ids=[ids[:first]], starts=[0], depth=max(exits))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import count, takewhile
+from itertools import count
 
 from layerskip.errors import CapacityError
 from layerskip.model.cache import Cache
@@ -91,20 +91,23 @@ class Pool:
         total = max(len(self.rows), sum(held.taken for held in self.rows) + rows)
         if total <= self.cache.rows and slots <= self.cache.slots:
             return
-        rounded = -(-slots // 64) * 64  # grow in steps, not by a token at a time
+        more = slots > self.cache.slots  # by half at least: growing copies, and compiled graphs are of one size
+        wanted = max(slots, self.cache.slots * 3 // 2) if more else self.cache.slots
         try:
-            self.cache.grow(rows=total, slots=rounded)
+            self.cache.grow(rows=total, slots=-(-wanted // 64) * 64)
         except CapacityError:
-            total = self._let_go(rows)
-            self.cache.grow(rows=total, slots=slots)
+            self._let_go(rows, slots)
         self.rows += [Held() for _ in range(self.cache.rows - len(self.rows))]
 
-    def _let_go(self, rows: int) -> int:
-        """Drops the idle rows behind the last taken one; returns how many rows it takes for `rows` free ones."""
+    def _let_go(self, rows: int, slots: int) -> None:
+        """Makes room without the idle rows behind the last taken one, if that is enough."""
         last = max((row + 1 for row, held in enumerate(self.rows) if held.taken), default=0)
+        total = max(last, sum(held.taken for held in self.rows) + rows)
+        slots = max(slots, self.cache.slots) if last else slots
+        self.cache.check_memory(rows=total, slots=slots)
         self.cache.shrink(rows=last)
         del self.rows[last:]
-        return max(last, sum(held.taken for held in self.rows) + rows)
+        self.cache.grow(rows=total, slots=slots)
 
     def _choose(self, source: int, length: int) -> int:
         """The row to take: one that is continued, else the one longest unused, else what there is.
@@ -124,6 +127,13 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
         >>> common_prefix([1, 2, 3], [1, 2, 4, 5])
         2
     """
-    if list(a) == list(b[: len(a)]):  # the usual case: one continues the other
-        return len(a)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+    same, most = 0, min(len(a), len(b))
+    if list(a[:most]) == list(b[:most]):  # the usual case: one continues the other
+        return most
+    while same < most:  # comparing whole parts, thousands of tokens take microseconds
+        middle = (same + most + 1) // 2
+        if list(a[same:middle]) == list(b[same:middle]):
+            same = middle
+        else:
+            most = middle - 1
+    return same

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from layerskip.errors import RequestError, check_number, check_whole
+from layerskip.errors import RequestError, check_ids, check_number, check_whole
+
+_FEW = 256  # tokens that nearly always hold more than top_p
 
 Processor = Callable[[Tensor, Tensor], Tensor]
 """(token ids so far (n,), logits (V,)) -> logits (V,). Must depend on its arguments only: it runs once per drafted
@@ -31,7 +33,8 @@ class Sampling:
     Args:
         temperature: 0 is greedy (a one-hot law); otherwise logits are divided by it.
         top_k: keep the k most likely tokens; 0 keeps all.
-        top_p: keep the smallest set of likeliest tokens whose probability reaches it, in (0, 1].
+        top_p: keep the smallest set of likeliest tokens whose probability reaches it, in (0, 1]; ties with its last
+            one stay.
         min_p: drop tokens less likely than this share of the likeliest one, in [0, 1].
         repetition_penalty: > 1 makes tokens already present less likely (Keskar et al., 2019: positive logits are
             divided, negative ones multiplied).
@@ -76,7 +79,15 @@ class Sampling:
         need(0 < self.repetition_penalty < math.inf, "repetition_penalty", "more than 0 (1 is none)")
         need(math.isfinite(self.presence_penalty), "presence_penalty", "a finite number (0 is none)")
         need(math.isfinite(self.frequency_penalty), "frequency_penalty", "a finite number (0 is none)")
+        if not isinstance(self.logit_bias, Mapping):
+            raise RequestError(f"logit_bias {self.logit_bias!r} is not possible; use a mapping of token ids to numbers")
+        for name, kind in (("banned", "token ids"), ("processors", "functions")):
+            if not isinstance(getattr(self, name), Sequence) or isinstance(getattr(self, name), str | bytes):
+                raise RequestError(f"{name} {getattr(self, name)!r} is not possible; use a list of {kind}")
+        for token in (*self.banned, *self.logit_bias):
+            check_whole("token", token)
         for token, bias in self.logit_bias.items():
+            check_number(f"logit_bias of token {token}", bias)
             if math.isnan(bias) or bias == math.inf:
                 raise RequestError(f"logit_bias {bias} of token {token} is not allowed; use a number below infinity")
 
@@ -146,10 +157,13 @@ class Law:
         self.stops = stops if stops is not None else [()] * len(self.samplings)
         self.floors = floors if floors is not None else [0] * len(self.samplings)
         self.greedy = all(s.temperature == 0 for s in self.samplings)
+        self._columns: dict[str, Tensor] = {}
         self._bias = self._static_bias()
         self._counts = self._count() if any(s.counts_tokens for s in self.samplings) else None
         self._processed = any(s.processors for s in self.samplings)
-        self._cuts = any(s.temperature and (s.top_k or s.top_p < 1 or s.min_p) for s in self.samplings)
+        drawn = [s for s in self.samplings if s.temperature]
+        self._top_k = min(max((s.top_k for s in drawn), default=0), vocab)
+        self._top_p, self._min_p = any(s.top_p < 1 for s in drawn), any(s.min_p for s in drawn)
 
     def __call__(self, logits: Tensor, drafted: Tensor, ancestors: Tensor) -> Laws:
         """The laws at T prefixes of every row.
@@ -199,8 +213,10 @@ class Law:
 
     def _column(self, name: str) -> Tensor:
         """One setting of every row, (B, 1, 1) float64: rounded where it is used, as a Python number would be."""
-        values = [float(getattr(s, name)) for s in self.samplings]
-        return torch.tensor(values, dtype=torch.float64, device=self.device)[:, None, None]
+        if name not in self._columns:
+            values = [float(getattr(s, name)) for s in self.samplings]
+            self._columns[name] = torch.tensor(values, dtype=torch.float64, device=self.device)[:, None, None]
+        return self._columns[name]
 
     def _static_bias(self) -> Tensor | None:
         if not any(s.logit_bias or s.banned for s in self.samplings):
@@ -208,8 +224,7 @@ class Law:
         bias = torch.zeros(len(self.samplings), 1, self.vocab, device=self.device)
         for row, s in enumerate(self.samplings):
             for token, value in [*s.logit_bias.items(), *((t, -math.inf) for t in s.banned)]:
-                if not 0 <= token < self.vocab:
-                    raise RequestError(f"token {token} is outside the vocabulary; use 0..{self.vocab - 1}")
+                check_ids([token], vocab=self.vocab)
                 bias[row, 0, token] += value
         return bias
 
@@ -245,7 +260,13 @@ class Law:
             for t in range(logits.shape[1]) if s.processors else ():
                 prefix = torch.cat((known, drafted[row][ancestors[row, t]]))
                 for processor in s.processors:
-                    logits[row, t] = processor(prefix, logits[row, t])
+                    found = processor(prefix, logits[row, t])
+                    if not isinstance(found, Tensor) or found.shape != logits[row, t].shape:
+                        raise RequestError(
+                            f"processor {processor!r} returned {getattr(found, 'shape', found)!r}; return the logits "
+                            f"of all {self.vocab} tokens"
+                        )
+                    logits[row, t] = found
         return logits
 
     def _shape(self, logits: Tensor) -> Tensor:
@@ -253,27 +274,39 @@ class Law:
         temperature = self._column("temperature").to(logits.dtype)
         # shifted to a largest score of 0, so that a tiny temperature gives -inf and never inf - inf
         scores = (logits - logits.amax(-1, keepdim=True)) / torch.where(temperature > 0, temperature, 1)
-        if self._cuts:
-            scores = self._cut(scores)
+        if self._top_k:
+            scores = self._cut_top_k(scores)
+        if self._top_p:
+            scores = self._cut_top_p(scores)
+        if self._min_p:  # the largest score is 0
+            scores = scores.masked_fill(scores < self._column("min_p").log().to(scores.dtype), -torch.inf)
         law = scores.softmax(-1)
         if any(s.temperature < 1e-30 for s in self.samplings):  # far below float32's range it is 0 as well
             law = torch.where(temperature > 0, law, Chosen.of(logits).dense(self.vocab).to(law.dtype))
         return law
 
-    def _cut(self, scores: Tensor) -> Tensor:
-        ordered, order = scores.sort(-1)
-        top_k = self._column("top_k").long()
-        rank = (self.vocab - torch.where(top_k > 0, top_k, self.vocab)).clamp(min=0)
-        least = ordered.gather(-1, rank.expand(-1, scores.shape[1], -1))
-        # ties with the k-th stay in, as in transformers
-        ordered = ordered.masked_fill(ordered < least, -torch.inf)
-        # the least likely tokens whose probabilities sum to at most 1 - top_p go; the likeliest always stays
-        drop = ordered.softmax(-1).cumsum(-1) <= (1 - self._column("top_p")).to(scores.dtype)
-        drop[..., -1] = False
-        ordered = ordered.masked_fill(drop, -torch.inf)
-        law = ordered.softmax(-1)
-        ordered = ordered.masked_fill(law < self._column("min_p").to(scores.dtype) * law[..., -1:], -torch.inf)
-        return torch.empty_like(scores).scatter_(-1, order, ordered)
+    def _cut_top_k(self, scores: Tensor) -> Tensor:
+        top_k = self._column("top_k").long().clamp(max=self.vocab)
+        likeliest = scores.topk(self._top_k).values
+        least = likeliest.gather(-1, (top_k - 1).clamp(min=0).expand(-1, scores.shape[1], -1))
+        return scores.masked_fill((scores < least) & (top_k > 0), -torch.inf)  # ties with the k-th stay in
+
+    def _cut_top_p(self, scores: Tensor) -> Tensor:
+        """Keeps the likeliest tokens up to the one with which their probabilities reach top_p, and ties with it.
+
+        Sorting a whole vocabulary takes longer than a small model's pass, and few tokens hold nearly all: where it
+        costs nothing to ask, only those are sorted. Their sums are the same, so the law is.
+        """
+        law = scores.softmax(-1)
+        top_p = self._column("top_p").to(scores.dtype)
+        widths = (_FEW, self.vocab) if scores.device.type == "cpu" and self.vocab > _FEW else (self.vocab,)
+        for width in widths:
+            likeliest = law.topk(width).values
+            sums = likeliest.cumsum(-1)
+            if width == self.vocab or bool(((sums[..., -1:] >= top_p) | (top_p == 1)).all()):
+                break
+        last = (sums < top_p).sum(-1, keepdim=True).clamp(max=width - 1)
+        return scores.masked_fill((law < likeliest.gather(-1, last)) & (top_p < 1), -torch.inf)
 
 
 def draw(law: Laws, uniform: Tensor) -> Tensor:

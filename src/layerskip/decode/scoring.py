@@ -14,7 +14,7 @@ from torch import Tensor
 
 from layerskip.decode.numerics import diagnose
 from layerskip.decode.prefill import CHUNK, prefill
-from layerskip.errors import RequestError, check_exit
+from layerskip.errors import RequestError, check_exit, check_ids
 from layerskip.model.decoder import Decoder
 
 
@@ -54,7 +54,8 @@ def score(decoder: Decoder, ids: Sequence[int], *, exits: Sequence[int]) -> list
     """Scores `ids` at every one of `exits`.
 
     Raises:
-        RequestError: fewer than two tokens, more than the context, or an exit outside the model.
+        RequestError: fewer than two tokens, more than the context, an id outside the vocabulary, or an exit outside
+            the model.
         NumericalError: an exit's logits are not finite; says where that begins.
         CapacityError: no memory for the cache of this text.
     """
@@ -63,6 +64,7 @@ def score(decoder: Decoder, ids: Sequence[int], *, exits: Sequence[int]) -> list
         check_exit(exit, layers=decoder.shape.layers)
     if not 2 <= len(ids) <= context:
         raise RequestError(f"the text has {len(ids)} tokens; to be scored it needs 2..{context}")
+    check_ids(ids, vocab=decoder.shape.vocab)
     cache = decoder.cache(rows=1, slots=len(ids))
     tokens = torch.tensor([list(ids)], device=decoder.device)
     logprobs: dict[int, list[float]] = {exit: [] for exit in exits}
@@ -104,7 +106,8 @@ def score_continuations(decoder: Decoder, pairs: Sequence[Pair], *, exit: int, r
         A score of the continuation alone for each pair, in order.
 
     Raises:
-        RequestError: an exit outside the model, an empty context or continuation, or a pair that is too long.
+        RequestError: an exit outside the model, an empty context or continuation, an id outside the vocabulary, or a
+            pair that is too long.
         NumericalError: the logits are not finite; says where that begins.
         CapacityError: no memory for the cache of so many rows.
     """
@@ -118,6 +121,7 @@ def score_continuations(decoder: Decoder, pairs: Sequence[Pair], *, exit: int, r
                 f"a context of {len(context)} tokens and its continuation of {len(continuation)} do not fit: "
                 f"together they may have {most}; leave out the beginning of the context"
             )
+        check_ids((*context, *continuation), vocab=decoder.shape.vocab)
     # longest first, equal contexts side by side
     order = sorted(range(len(pairs)), key=lambda i: (-len(pairs[i][0]), tuple(pairs[i][0]), -len(pairs[i][1])))
     found: dict[int, ExitScore] = {}

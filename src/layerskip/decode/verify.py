@@ -43,8 +43,8 @@ class Uniforms:
 
     Args:
         token: (B, K + 1) for draws from the target, one per position after the last known token.
-        accept: (B, K) for accepting drawn proposals.
-        residual: (B, K) for draws from the residual.
+        accept: (B, K) for accepting drawn proposals; (B, 0) where there are none.
+        residual: (B, K) for draws from the residual; (B, 0) where there are none.
     """
 
     token: Tensor

@@ -206,7 +206,13 @@ class Columns:
 
     def run(self, sequences: Tensor, requests: Sequence[Request]) -> Tensor:
         """Continues padded prompts (B, P) until every row has ended; returns (B, n)."""
-        self._decoding = {key: b for b, key in enumerate(self.batch.join(requests))}
+        try:
+            self._decoding = {key: b for b, key in enumerate(self.batch.join(requests))}
+            return self._columns(sequences)
+        finally:
+            self.batch.close()  # rows that a criterion ended, or an error: drafters keep something for each
+
+    def _columns(self, sequences: Tensor) -> Tensor:
         unfinished = torch.ones(len(self.rows), dtype=torch.bool, device=sequences.device)
         for column in count():
             running = [self.ends.pad is None or on for on in unfinished.tolist()]

@@ -114,4 +114,12 @@ def as_device(device: torch.device | str | None) -> torch.device:
         raise RequestError(f"unknown device {device!r}; use auto, cpu or cuda") from error
     if place.type == "cuda" and not torch.cuda.is_available():
         raise RequestError(f"device {device} is not here: torch sees no GPU; use cpu")
+    if place.type == "meta":
+        raise RequestError("device meta holds no numbers; use auto, cpu or cuda")
+    try:
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:  # torch was built without it, or there are fewer of them
+        raise RequestError(
+            f"device {device} is not here: {str(error).splitlines()[0]}; use auto, cpu or cuda"
+        ) from error
     return place

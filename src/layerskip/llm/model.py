@@ -30,7 +30,7 @@ from layerskip.decode.text import Tokenizer as TextTokenizer
 from layerskip.errors import CapacityError, LayerSkipError, RequestError, check_whole
 from layerskip.llm.completion import Chunk, Completion, Mode, Stream
 from layerskip.llm.drafters import assistant, named
-from layerskip.llm.prompts import Prompt, is_one, plain
+from layerskip.llm.prompts import Prompt, is_one, plain, stop_strings
 from layerskip.llm.recommended import Recommended
 from layerskip.model.decoder import Decoder
 
@@ -60,6 +60,7 @@ class LLM:
         max_batch: int = 16,
         recommended: Recommended | None = None,
     ) -> None:
+        check_whole("max_batch", max_batch)
         if max_batch < 1:
             raise RequestError(f"max_batch {max_batch} is not possible; use 1 or more")
         self.decoder, self.tokenizer, self.eos, self.name = decoder, tokenizer, tuple(eos), name
@@ -178,7 +179,7 @@ class LLM:
                         prompt_logprobs=prompt_logprobs,
                     )
                 )
-        stops = [stop] if isinstance(stop, str) else list(stop or ())
+        stops = stop_strings(stop)
         drafter = self.drafter(draft) if isinstance(draft, str) else self._with_ids(draft)
         with self._lock:
             if self._pool is None:

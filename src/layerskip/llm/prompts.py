@@ -25,9 +25,22 @@ def plain(prompt: Any) -> Any:
         return prompt
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
         raise RequestError(f"the prompt is a {type(prompt).__name__}; give a text, token ids, or a list of such")
-    if prompt and not all(isinstance(one, str | Sequence) or hasattr(one, "__index__") for one in prompt):
+    parts = [one.tolist() if hasattr(one, "tolist") else one for one in prompt]
+    if not (all(hasattr(one, "__index__") for one in parts) or all(isinstance(one, Sequence) for one in parts)):
         raise RequestError("the prompt is a list of neither texts nor token ids; give texts, or whole numbers")
-    return prompt
+    return parts
+
+
+def stop_strings(stop: Any) -> list[str]:
+    """The texts that end a completion: none, one or several.
+
+    Raises:
+        RequestError: something that is not text.
+    """
+    stops = [stop] if isinstance(stop, str) else [] if stop is None else stop
+    if not isinstance(stops, Sequence) or not all(isinstance(one, str) for one in stops):
+        raise RequestError(f"stop {stop!r} is not possible; use a text, or a list of texts")
+    return list(stops)
 
 
 def is_one(prompt: Prompt | Sequence[Prompt]) -> bool:

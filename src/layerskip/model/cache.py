@@ -56,7 +56,7 @@ class Cache:
         rows, slots = max(rows, self.rows), max(slots, self.slots)
         if (rows, slots) == (self.rows, self.slots):
             return
-        self._check_memory(rows, slots)
+        self.check_memory(rows=rows, slots=slots)
         self._addresses = None
         size = (rows, self.shape.kv_heads, slots + 1, self.shape.head_width)
         try:
@@ -153,7 +153,8 @@ class Cache:
             return torch.arange(*rows.indices(self.rows), device=self.device)
         return rows
 
-    def _check_memory(self, rows: int, slots: int) -> None:
+    def check_memory(self, *, rows: int, slots: int) -> None:
+        """Raises CapacityError where so much could not be held, even if nothing else were."""
         free = free_bytes(self.device)
         if free is None:
             return

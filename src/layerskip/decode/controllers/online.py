@@ -27,6 +27,7 @@ _REST, _MOST_REST = 3, 15  # rounds that repeat what is done, between two that a
 _VARY = 1.25  # how differently such a round prices tokens
 _SURPRISE = 1.2  # how much dearer than it was tokens have to become for that to end
 _LONGEST_WAIT = 512  # plain rounds until drafting is tried again: doubled each time it does not pay
+_AGAINST = 4  # how many times as many they are where it should not pay
 _TAPS, _LOOK = 3, 2  # exits looked at in one round, and watched rounds from one look to the next at least
 
 
@@ -203,7 +204,7 @@ class Online:
             return
         best = self._fastest(place, self.exits, plain=False)
         pays = place.step is not None and best.rate * place.step > _RETURN
-        if not pays and place.waited < 4 * place.wait:
+        if not pays and place.waited < _AGAINST * place.wait:
             return
         if not pays:  # what rounds took may be long ago, on a machine that had more to do
             place.forget()

@@ -109,7 +109,9 @@ class Assistant:
                 starts.append(start)
         ours = [self._rows[key] for key in rows.keys]
         top = self.decoder.shape.vocab - 1
-        texts = [[min(token, top) for token in ids[:-1]] for ids in rows.ids]
+        texts = [ids[:-1] for ids in rows.ids]
+        if rows.decoder.shape.vocab > top + 1:  # ids that only the target's padding has
+            texts = [[min(token, top) for token in ids] for ids in texts]
         prefill(self.decoder, self._pool.cache, rows=ours, ids=texts, starts=starts, depth=depth)
         for row, ids in zip(ours, rows.ids, strict=True):
             self._pool.hold(row, ids[:-1], depth=depth)

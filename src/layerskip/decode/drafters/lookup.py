@@ -14,7 +14,7 @@ import torch
 
 from layerskip.decode.controllers.fixed import check_tokens
 from layerskip.decode.draft import Draft, Outcome, Rows
-from layerskip.errors import RequestError, check_whole
+from layerskip.errors import RequestError, check_ids, check_whole
 from layerskip.model.decoder import Decoder
 
 
@@ -94,11 +94,7 @@ class Lookup:
         """Raises RequestError where the predicted text is not token ids of this model."""
         if isinstance(self.predicted, str):
             raise RequestError("the predicted text must be token ids here; pass Lookup(predicted=[...])")
-        for token in self.predicted:
-            if not 0 <= token < decoder.shape.vocab:
-                raise RequestError(
-                    f"predicted token {token} is outside the vocabulary; use 0..{decoder.shape.vocab - 1}"
-                )
+        check_ids(self.predicted, vocab=decoder.shape.vocab, name="predicted token")
         self._prediction.extend(self.predicted)
 
     def propose(self, rows: Rows, tokens: int) -> Draft:

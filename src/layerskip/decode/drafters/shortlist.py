@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from layerskip.decode.draft import Rows
-from layerskip.errors import RequestError, check_whole
+from layerskip.errors import RequestError, check_ids, check_whole
 from layerskip.model.decoder import Decoder
 from layerskip.model.narrow import NarrowHead
 from layerskip.model.shape import Shape
@@ -132,9 +132,7 @@ class Narrowed:
                 f"a draft vocabulary of {self.size} is not below this model's {vocab} tokens; "
                 f"use 1..{vocab - 1}, or leave it out"
             )
-        for token in self.ranked:
-            if not 0 <= token < vocab:
-                raise RequestError(f"ranked token {token} is outside the vocabulary; use 0..{vocab - 1}")
+        check_ids(self.ranked, vocab=vocab, name="ranked token")
 
     def leave(self, key: int) -> None:
         """Forgets a row."""
