@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from layerskip.errors import RequestError
@@ -361,6 +362,19 @@ def test_what_the_assistant_says_is_learnt() -> None:
         encode([chat], tokenizer=tokenizer)
 
 
+def test_an_assistant_may_speak_first_and_what_a_template_refuses_is_named() -> None:
+    tokenizer = train_tokenizer(["a b c"], vocab_size=280)
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{% if not messages %}{{ messages[0]['content'] }}{% endif %}" + TEMPLATE
+    )
+    chat = Chat((Turn("assistant", "a"), Turn("user", "b"), Turn("assistant", "c")))
+    row = encode([chat], tokenizer=tokenizer).rows[0]
+    assert tokenizer.decode(row["labels"][row["labels"] != IGNORE]) == "<assistant>a</s>\nc</s>\n"
+    with pytest.raises(RequestError, match="refuses a conversation: no system role; its roles are system, assistant"):
+        encode([Chat((Turn("system", "s"), Turn("assistant", "a")))], tokenizer=tokenizer)
+
+
 def test_long_documents_are_cut_and_lose_nothing(letters: PreTrainedTokenizerFast) -> None:
     text = "the cat sat on the mat"
     whole = encode([Document(text)], tokenizer=letters).rows[0]["input_ids"].tolist()
@@ -572,13 +586,10 @@ def test_a_streamed_data_set_is_the_cut_stream(letters: PreTrainedTokenizerFast)
         assert [row["input_ids"].tolist() for row in rows] == [row["input_ids"].tolist() for row in wanted]
 
 
-def test_workers_share_a_streamed_data_set(letters: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Worker:
-        id, num_workers = 1, 2
-
-    monkeypatch.setattr(packing, "get_worker_info", Worker)
+def test_a_streamed_data_set_is_not_shared_out_among_workers(letters: PreTrainedTokenizerFast) -> None:
     rows = StreamedRows(lambda _: [Document(word) for word in "abcde"], tokenizer=letters, length=3)
-    assert [letters.decode(row["input_ids"]) for row in rows] == ["<s>b</s>", "<s>d</s>"]
+    with pytest.raises(RequestError, match="read by the process that trains; use dataloader_num_workers 0"):
+        list(DataLoader(rows, batch_size=1, num_workers=1))
 
 
 # --- order

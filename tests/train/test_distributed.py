@@ -167,6 +167,15 @@ dist.destroy_process_group()
 os._exit(0)  # gloo's threads sometimes outlive the interpreter, and abort it
 """
 
+BEST = {
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "save_steps": 2,
+    "save_strategy": "steps",
+    "load_best_model_at_end": True,
+    "greater_is_better": True,  # the first checkpoint, then
+    "max_steps": 4,
+}
 ADAM = {"optim": "adamw_torch", "learning_rate": 3e-3, "max_grad_norm": 1.0}
 
 
@@ -185,6 +194,7 @@ def watched(write: Callable[..., Path]) -> dict[str, Any]:
         "muon": {"path": str(write(**ADAM, muon=True, max_steps=2))},
         "muon-fsdp": {"path": str(write(**shards, muon=True, max_steps=2))},
         "narrow": {"path": str(write(**shards, save_dtype="bfloat16", max_steps=2))},
+        "best": {"path": str(write(**shards, **BEST))},
     }
     folder = Path(jobs["ddp"]["path"]).parent
     (folder / "worker.py").write_text(WORKER)
@@ -228,6 +238,11 @@ def test_shards_of_matrices_are_turned_as_the_whole_ones_are(watched: dict[str, 
 def test_shards_that_are_resumed_equal_a_run_that_was_not_cut(watched: dict[str, Any]) -> None:
     assert [rank["resumed_at"] for rank in watched["resumed"]["ranks"]] == [3, 3]
     assert_close(weights(watched["resumed"]["path"]), weights(watched["fsdp"]["path"]))
+
+
+def test_the_best_shards_may_be_what_is_left(watched: dict[str, Any]) -> None:
+    path = watched["best"]["path"]
+    assert_close(weights(path), load_file(path.parent / "out" / "checkpoint-2" / "model.safetensors"))
 
 
 def test_every_process_drops_as_many_rows(watched: dict[str, Any]) -> None:

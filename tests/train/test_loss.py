@@ -214,3 +214,13 @@ def test_what_cannot_be_is_refused(causal: Callable[..., Any]) -> None:
     adapted = get_peft_model(causal("llama"), LoraConfig(target_modules=["q_proj", "lm_head"]))
     with pytest.raises(RequestError, match=r"the head is wrapped by an adapter \(LoRA\): all exits share one head"):
         EarlyExits(adapted)
+    tied = {"target_modules": ["q_proj", "embed_tokens"]}
+    with pytest.raises(RequestError, match=r"the embedding is wrapped by an adapter \(LoRA\) and is the head as well"):
+        EarlyExits(get_peft_model(causal("llama", tie_word_embeddings=True), LoraConfig(**tied)))
+    EarlyExits(get_peft_model(causal("llama", tie_word_embeddings=False), LoraConfig(**tied)))
+    untied = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
+    EarlyExits(get_peft_model(causal("llama", tie_word_embeddings=True), LoraConfig(**untied)))
+    routed = causal("llama")
+    routed.config.output_router_logits = True
+    with pytest.raises(RequestError, match="output_router_logits adds a loss of the router's"):
+        EarlyExits(routed)

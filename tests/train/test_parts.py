@@ -212,6 +212,9 @@ def test_logits_that_are_more_than_norm_and_head_are_refused(causal: Callable[..
     granite = transformers.GraniteForCausalLM(transformers.GraniteConfig(**settings, **heads, logits_scaling=2.0))
     with pytest.raises(RequestError, match="logits of GraniteForCausalLM are not its head"):
         check_last_exit(granite)
+    gemma = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**settings, **heads, head_dim=8))
+    with pytest.raises(RequestError, match="logits of Gemma2ForCausalLM are not its head"):
+        check_last_exit(gemma)  # capped at 30, where those of new weights are far below
     model = causal("llama")
     model.model.norm.weight = nn.Parameter(torch.ones(31))  # as if the norm were not one
     model.model.norm.forward = lambda states: 2 * states

@@ -228,6 +228,11 @@ def test_an_override_that_is_idle_is_an_error(recipe: Read) -> None:
         ({"batching": "stream"}, "batching stream needs max_length"),
         ({"anchor": 0.5}, "anchor needs reference, the checkpoint"),
         ({"acceptance_prompts": 5}, "acceptance_prompts are taken from what is evaluated on; give eval_data"),
+        ({**CONTINUED, "lora": {"r": 4}, "fully_shard": True}, "leave lora or fully_shard out"),
+        (
+            {"eval_data": {"hub": "some/set", "streaming": True}},
+            "eval_data is read whole, .* leave streaming out of it",
+        ),
     ],
     ids=str,
 )
@@ -253,6 +258,9 @@ STREAM = {
         ({"max_steps": None}, "a streamed data set has no known end; give max_steps"),
         ({"max_steps": -1, "num_train_epochs": 2}, "no known end; give max_steps"),
         ({"eval_share": 0.1}, "a streamed data set gives neither a tokenizer nor an eval_share"),
+        ({"dataloader_num_workers": 2}, "read by the process that trains; leave dataloader_num_workers out"),
+        ({"recombine": 1}, "recombine makes pairs of pairs at hand"),
+        ({"rename": 0.5}, "rename makes pairs of pairs at hand"),
         (
             {"init_from": None, "architecture": LLAMA, "tokenizer": "bpe", "vocab_size": 300},
             "a streamed data set gives neither a tokenizer",

@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 from layerskip.errors import RequestError
-from layerskip.train.average import FILE
+from layerskip.train.average import FILE, WeightAverage
 from layerskip.train.hidden import HiddenDropout
 from layerskip.train.trainer import LayerSkipConfig, LayerSkipTrainer
 from tests.train.sequences import QUIET, rows
@@ -113,6 +113,24 @@ def test_what_is_left_is_the_moving_average_of_the_steps(causal: Causal, tmp_pat
     for name, weight in states(model).items():
         torch.testing.assert_close(weight, expected[name], msg=name)
     assert not same(expected, kept.after[-1])
+
+
+def test_small_steps_count_in_16_bits_too(causal: Causal) -> None:
+    model = causal("llama").bfloat16()
+    average = WeightAverage(model, decay=0.999)
+    weight = model.model.norm.weight
+    expected = 1.0
+    for step in range(2000):
+        value = 1.0 if step < 1000 else 1.5
+        torch.nn.init.constant_(weight, value)
+        average.update()
+        decay = (1 + step) / (10 + step)
+        expected = decay * expected + (1 - decay) * value
+        with average.applied():
+            pass  # an evaluation on the way
+    average.finish()
+    assert 1.4 < expected < 1.5
+    torch.testing.assert_close(weight.float(), torch.full_like(weight.float(), expected), atol=0.01, rtol=0)
 
 
 def test_training_goes_on_from_the_steps_own_weights(causal: Causal, tmp_path: Path) -> None:

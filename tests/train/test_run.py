@@ -244,6 +244,52 @@ def test_what_is_evaluated_is_what_is_saved(write: Write) -> None:
     assert run.trainer.evaluate()["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-6)
 
 
+def test_files_of_one_name_have_a_hash_each(write: Write, data: Path, tmp_path: Path) -> None:
+    lines = (data / "alarm.tsv").read_text().splitlines(keepends=True)
+    for name, part in (("learnt", lines[:150]), ("checked", [lines[0], *lines[150:]])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "alarm.tsv").write_text("".join(part))
+    path = write(data_folder=str(tmp_path), data="learnt/alarm.tsv", eval_data="checked/alarm.tsv", max_steps=2)
+    trained(path)
+    record = json.loads((out(path) / "provenance.json").read_text())
+    wanted = {sha256(tmp_path / name / "alarm.tsv") for name in ("learnt", "checked")}
+    assert set(record["data"].values()) == wanted
+
+
+def test_an_adapter_begins_as_the_seed_says(finished: Path, write: Write) -> None:
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(len(drawn))  # what a process happens to have
+        path = write(**MADE_ANEW, init_from=str(finished), lora={"r": 4, "target_modules": ["q_proj"]}, seed=seed)
+        model = built(path).trainer.model
+        drawn.append(next(p for name, p in model.named_parameters() if "lora_A" in name))  # type: ignore[union-attr]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"batching": "packed", "max_length": 90, "data": "stories.txt", "tokenizer": "bpe", "vocab_size": 270},
+            "do not fit a model of 64 positions; give max_length 64",
+        ),
+        (
+            {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rat": 0.1}},
+            "unexpected keyword argument 'min_lr_rat'",
+        ),
+    ],
+    ids=["positions", "schedule"],
+)
+def test_what_would_fail_late_is_refused(write: Write, keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        trained(write(**keys))
+
+
+def test_packed_rows_may_be_longer_than_the_models_positions(write: Write) -> None:
+    trained(write(batching="packed", max_length=90, max_steps=2))  # every document begins at position 0
+
+
 @pytest.mark.parametrize("batching", ["padded", "packed", "stream"])
 def test_every_batching_learns(write: Write, batching: str) -> None:
     keys = {"batching": batching, "data": "stories.txt", "tokenizer": "bpe", "vocab_size": 300, "max_length": 48}
@@ -435,12 +481,15 @@ def cut(write: Write) -> Path:
 
 
 def test_the_same_command_again_resumes(cut: Path, whole: str) -> None:
-    outcome = trained(cut, save_total_limit=2, logging_steps=7)  # neither changes a weight
+    # none of them changes a weight; 42 is what the seed was
+    outcome = trained(cut, save_total_limit=2, logging_steps=7, per_device_eval_batch_size=3, seed=42)
     assert (outcome.resumed_at, outcome.steps) == (10, 40)
     assert sha256(out(cut) / "model.safetensors") == whole
     assert checkpoints(out(cut)) == [35, 40]
     record = json.loads((out(cut) / "provenance.json").read_text())
     assert [session["from_step"] for session in record["sessions"]] == [0, 10]
+    assert record["run"]["hours"] == sum(session["hours"] for session in record["sessions"])
+    assert all(session["hours"] > 0 for session in record["sessions"])
 
 
 def test_a_run_that_ended_after_its_last_checkpoint_takes_no_step_more(write: Write, whole: str) -> None:

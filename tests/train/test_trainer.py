@@ -196,6 +196,34 @@ def test_logits_that_exits_cannot_share_are_refused(tmp_path: Path) -> None:
         LayerSkipTrainer(GraniteForCausalLM(granite), LayerSkipConfig(**settings(tmp_path)))
 
 
+def test_a_loss_of_the_callers_own_is_refused_where_exits_are_learnt(
+    causal: Callable[..., Any], tmp_path: Path
+) -> None:
+    with pytest.raises(RequestError, match="compute_loss_func computes another loss than that of the exits"):
+        LayerSkipTrainer(causal("llama"), LayerSkipConfig(**settings(tmp_path), **RECIPE), compute_loss_func=len)
+    plain = LayerSkipConfig(**settings(tmp_path), curriculum="last", label_smoothing_factor=0.1)
+    LayerSkipTrainer(causal("llama"), plain, train_dataset=rows(8)).train()
+
+
+def test_every_row_is_evaluated_whatever_training_leaves_out(causal: Callable[..., Any], tmp_path: Path) -> None:
+    found = []
+    for dropped in (False, True):
+        args = LayerSkipConfig(
+            **settings(tmp_path), **RECIPE, dataloader_drop_last=dropped, per_device_eval_batch_size=4
+        )
+        found.append(LayerSkipTrainer(causal("llama"), args, eval_dataset=rows(7)).evaluate()["eval_loss"])
+        assert args.dataloader_drop_last is dropped
+    assert found[0] == found[1]
+
+
+def test_evaluation_after_training_computes_as_evaluation_within(causal: Callable[..., Any], tmp_path: Path) -> None:
+    args = LayerSkipConfig(**settings(tmp_path), **RECIPE, bf16=True, eval_strategy="steps", eval_steps=6)
+    trainer = LayerSkipTrainer(causal("llama").float(), args, train_dataset=rows(), eval_dataset=rows(8))
+    trainer.train()
+    within = next(entry["eval_loss"] for entry in reversed(trainer.state.log_history) if "eval_loss" in entry)
+    assert trainer.evaluate()["eval_loss"] == within
+
+
 def test_settings_outside_the_model_are_refused(causal: Callable[..., Any], tmp_path: Path) -> None:
     for changes, message in (
         ({"rotation": 5, "curriculum": "rotational"}, r"rotational period 5 does not fit 4 layers; use 1\.\.4"),
@@ -203,6 +231,10 @@ def test_settings_outside_the_model_are_refused(causal: Callable[..., Any], tmp_
         ({"curriculum": "sideways"}, "unknown curriculum 'sideways'"),
         ({"distillation": 2.0}, "distillation 2.0"),
         ({"anchor": 1.0}, "an anchor needs a reference model"),
+        (
+            {"label_smoothing_factor": 0.1, "rotation": 3},
+            "label_smoothing_factor computes another loss than that of the exits",
+        ),
     ):
         with pytest.raises(RequestError, match=message):
             LayerSkipTrainer(causal("llama"), LayerSkipConfig(**settings(tmp_path), **changes), train_dataset=rows(2))

@@ -6,7 +6,7 @@ Wider Optima", UAI 2018). Knows weights, and the file in a checkpoint that keeps
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -72,9 +72,9 @@ class WeightAverage(TrainerCallback):
         """Takes in the weights as they are now."""
         weights: list[Tensor] = list(self._weights.values())
         if not self._average:
-            self._average = {name: weight.detach().clone() for name, weight in self._weights.items()}
+            self._average = {name: _precise(weight.detach().clone()) for name, weight in self._weights.items()}
         decay = min(self.decay, (1 + self._steps) / (10 + self._steps))
-        torch._foreach_lerp_(list(self._average.values()), weights, 1 - decay)
+        torch._foreach_lerp_(list(self._average.values()), [_precise(weight) for weight in weights], 1 - decay)
         self._steps += 1
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
@@ -84,24 +84,22 @@ class WeightAverage(TrainerCallback):
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The model with the average for weights, while it lasts; as it is where there is no average."""
-        self._swap()
+        before = {name: self._weights[name].detach().clone() for name in self._average}
+        self._put(self._average)
         try:
             yield
         finally:
-            self._swap()
+            self._put(before)
 
     def finish(self) -> None:
         """Leaves the model with the average for weights, for good."""
-        self._swap()
+        self._put(self._average)
         self._average = {}
 
     @torch.no_grad()
-    def _swap(self) -> None:
-        for name, average in self._average.items():
-            weight = self._weights[name]
-            before = weight.detach().clone()
-            weight.copy_(average)
-            average.copy_(before)
+    def _put(self, weights: Mapping[str, Tensor]) -> None:
+        for name, values in weights.items():
+            self._weights[name].copy_(values)
 
     def save(self, folder: Path) -> None:
         """Writes the average into a checkpoint."""
@@ -122,4 +120,9 @@ class WeightAverage(TrainerCallback):
         if {name: weight.shape for name, weight in saved.items()} != shapes:
             raise RequestError(f"{folder / FILE} is the average of another model's weights; use its own checkpoint")
         # in the order of the weights: a file's is alphabetical
-        self._average = {name: saved[name].to(weight.device) for name, weight in self._weights.items()}
+        self._average = {name: _precise(saved[name].to(weight.device)) for name, weight in self._weights.items()}
+
+
+def _precise(weight: Tensor) -> Tensor:
+    """In float32 at least: in 16 bits a thousandth of a change is no change, and the average would stand still."""
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from layerskip.errors import RequestError
 from layerskip.train.loss import IGNORED, ExitLoss, Teachers, cross_entropy
-from layerskip.train.parts import Parts, head_is_adapted, parts, unwrap
+from layerskip.train.parts import Parts, head_is_adapted, parts, ties_an_adapter, unwrap
 
 
 class EarlyExits:
@@ -50,6 +50,15 @@ class EarlyExits:
             raise RequestError(
                 "the head is wrapped by an adapter (LoRA): all exits share one head, and with the adapter left out or "
                 "merged later they would not be the exits that were trained; leave the head out of its target modules"
+            )
+        if ties_an_adapter(self.causal):
+            raise RequestError(
+                "the embedding is wrapped by an adapter (LoRA) and is the head as well: merged, the exits would not be "
+                "those that were trained; leave it out of target_modules, or name it in modules_to_save"
+            )
+        if getattr(self.causal.config, "output_router_logits", False):
+            raise RequestError(
+                "output_router_logits adds a loss of the router's, which the exits' loss has not; leave it out"
             )
         if teachers.anchor and not references:
             raise RequestError("an anchor needs a reference model to stay close to; give one")

@@ -68,8 +68,9 @@ class Examples:
 def examples(recipe: Recipe) -> Examples:
     """Reads a recipe's data. Raises what `read` raises."""
     folder = Path(recipe.data_folder)
-    learnt, hashes, skipped, complaints = _read_all(recipe, recipe.data, folder)
-    evaluated, more, missed, moaned = _read_all(recipe, recipe.eval_data, folder)
+    hashes: dict[str, str] = {}
+    learnt, skipped, complaints = _read_all(recipe, recipe.data, folder, hashes)
+    evaluated, missed, moaned = _read_all(recipe, recipe.eval_data, folder, hashes)
     if recipe.eval_share:
         learnt, evaluated = hold_out(learnt, share=recipe.eval_share, seed=recipe.data_seed)
         if not learnt or not evaluated:
@@ -80,14 +81,14 @@ def examples(recipe: Recipe) -> Examples:
     if recipe.eval_rows:
         evaluated = evaluated[: recipe.eval_rows]
     digests = {name: digest(part) for name, part in (("data", learnt), ("eval_data", evaluated)) if part}
-    return Examples(learnt, evaluated, hashes | more, digests, skipped + missed, (*complaints, *moaned))
+    return Examples(learnt, evaluated, hashes, digests, skipped + missed, (*complaints, *moaned))
 
 
 def _read_all(
-    recipe: Recipe, sources: Iterable[Source], folder: Path
-) -> tuple[list[Example], dict[str, str], int, tuple[str, ...]]:
+    recipe: Recipe, sources: Iterable[Source], folder: Path, hashes: dict[str, str]
+) -> tuple[list[Example], int, tuple[str, ...]]:
+    """Examples, malformed rows left out, and complaints about them; adds the files' hashes."""
     found: list[Example] = []
-    hashes: dict[str, str] = {}
     skipped = 0
     complaints: tuple[str, ...] = ()
     for source in sources:
@@ -95,10 +96,11 @@ def _read_all(
             continue
         reading = read(_with_library(source), skip_bad=recipe.skip_bad, folder=folder)
         found += reading.examples
-        hashes |= reading.sha256
+        for name, value in reading.sha256.items():  # two sources may have files of one name
+            hashes[name if hashes.get(name, value) == value else f"{name} of {source.hub or source.files}"] = value
         skipped += reading.skipped
         complaints = (*complaints, *reading.complaints)
-    return found, hashes, skipped, complaints
+    return found, skipped, complaints
 
 
 def _with_library(source: Source) -> Source:
@@ -183,8 +185,8 @@ def model(recipe: Recipe, tokens: PreTrainedTokenizerBase) -> torch.nn.Module:
     """The recipe's model: from scratch with the recipe's seed, or loaded; with its adapter."""
     dtype = getattr(torch, recipe.dtype)
     how: dict[str, Any] = {"attn_implementation": recipe.attention} if recipe.attention else {}
+    set_seed(recipe.training.get("seed", 42))  # adapters and what a checkpoint lacks are drawn too
     if recipe.architecture is not None:
-        set_seed(recipe.training.get("seed", 42))
         config = _config(recipe.architecture, tokens)
         try:
             built: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, **how)

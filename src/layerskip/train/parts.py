@@ -87,11 +87,19 @@ def head_is_adapted(parts: Parts) -> bool:
     return any(True for _ in parts.head.children())
 
 
+def ties_an_adapter(causal: PreTrainedModel) -> bool:
+    """Whether an adapter sits in an embedding that is the head as well: merging it would change the head, which was
+    trained without it."""
+    embedding = causal.get_input_embeddings()
+    return bool(causal.config.tie_word_embeddings) and callable(getattr(embedding, "merge", None))
+
+
 @torch.no_grad()
 def check_last_exit(model: nn.Module) -> None:
     """Runs four tokens to see that the model's logits are head(norm(last layer's output)), as every exit computes it.
 
-    Families that scale their logits (Granite, Cohere) do more than that; a norm wrongly found, or missed, shows too.
+    Families that scale their logits (Granite, Cohere) or cap them (Gemma 2) do more than that; a norm wrongly found, or
+    missed, shows too. What the head reads is made large for that: a cap leaves the logits of a new model alone.
     Leaves training modes and random states as they are. For a model that is not sharded yet.
 
     Raises:
@@ -105,6 +113,7 @@ def check_last_exit(model: nn.Module) -> None:
 
     modes = {module: module.training for module in causal.modules()}
     hook = found.layers[-1].register_forward_hook(keep)
+    larger = found.head.register_forward_pre_hook(lambda _, given: (100 * given[0], *given[1:]))
     try:
         device = next(found.head.parameters()).device
         tokens = torch.arange(4, device=device)[None] % causal.config.vocab_size
@@ -112,6 +121,7 @@ def check_last_exit(model: nn.Module) -> None:
         logits = found.head(found.norm(seen[0]) if found.norm is not None else seen[0])
     finally:
         hook.remove()
+        larger.remove()
         for module, mode in modes.items():
             module.training = mode
     if (logits - expected).abs().max() > 1e-3 * expected.abs().max():

@@ -75,6 +75,8 @@ def check(recipe: Recipe) -> None:
     if recipe.acceptance_prompts and not (recipe.eval_data or recipe.eval_share):
         raise RequestError("acceptance_prompts are taken from what is evaluated on; give eval_data or eval_share")
     _check_ranges(recipe)
+    if recipe.lora is not None and recipe.training.get("fully_shard"):
+        raise RequestError("an adapter is small, and its frozen model is not sharded; leave lora or fully_shard out")
     if recipe.training.get("anchor") and not recipe.training.get("reference"):
         raise RequestError("anchor needs reference, the checkpoint that the last layer stays close to; give it")
     _check_streaming(recipe)
@@ -102,6 +104,8 @@ def _check_ranges(recipe: Recipe) -> None:
 
 
 def _check_streaming(recipe: Recipe) -> None:
+    if any(source.streaming for source in recipe.eval_data):
+        raise RequestError("eval_data is read whole, the same rows each time; leave streaming out of it")
     streamed = [source for source in recipe.data if source.streaming]
     if not streamed:
         return
@@ -109,5 +113,10 @@ def _check_streaming(recipe: Recipe) -> None:
         raise RequestError("a streamed data set is read alone, with batching: stream; change that")
     if int(recipe.training.get("max_steps") or -1) < 1:
         raise RequestError("a streamed data set has no known end; give max_steps")
+    if recipe.training.get("dataloader_num_workers"):
+        raise RequestError("a streamed data set is read by the process that trains; leave dataloader_num_workers out")
+    for name in ("recombine", "rename"):
+        if getattr(recipe, name):
+            raise RequestError(f"{name} makes pairs of pairs at hand, which a streamed data set is not; leave it out")
     if recipe.tokenizer in TRAINED or recipe.eval_share:
         raise RequestError("a streamed data set gives neither a tokenizer nor an eval_share; name them otherwise")

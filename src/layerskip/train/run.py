@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,12 @@ tokens_per_round. None where it cannot be measured."""
 _PROMPT = 200  # letters of a document that begin a continuation
 
 _HARMLESS = {
-    "name", "description", "licence", "data_folder", "output_dir", "logging_steps", "logging_strategy", "report_to",
-    "run_name", "save_total_limit", "disable_tqdm", "acceptance_prompts", "acceptance_tokens", "save_steps",
-    "save_strategy", "eval_steps", "eval_strategy", "dataloader_num_workers", "push_to_hub", "hub_model_id",
-    "hub_strategy", "hub_private_repo", "logging_dir", "log_level", "save_dtype",
+    "name", "description", "licence", "data_folder", "output_dir", "save_dtype", "acceptance_prompts",
+    "acceptance_tokens", "logging_steps", "logging_strategy", "logging_first_step", "log_level", "report_to",
+    "run_name", "project", "trackio_space_id", "disable_tqdm", "save_steps", "save_strategy", "save_total_limit",
+    "eval_steps", "eval_strategy", "eval_delay", "eval_on_start", "eval_data", "eval_rows", "eval_accumulation_steps",
+    "per_device_eval_batch_size", "bf16_full_eval", "fp16_full_eval", "dataloader_num_workers", "push_to_hub",
+    "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision",
 }  # fmt: skip
 """Keys that may change between a run and its continuation: the weights do not depend on them."""
 
@@ -102,7 +104,7 @@ class Run:
         evaluated = self.examples.evaluated
         learnt, left_out = experiment.rows(recipe, self.examples.learnt, self.tokenizer)
         checked = experiment.arranged(recipe, evaluated, self.tokenizer).rows if evaluated else None
-        for rows in (learnt, checked):
+        for rows in (learnt, checked) if checked is not None else (learnt,):
             _check_rows(rows, recipe, positions=getattr(unwrap(model).config, "max_position_embeddings", None))
         if left_out:
             self._tell(f"{left_out:,} examples longer than max_length {recipe.max_length} left out")
@@ -141,6 +143,14 @@ class Run:
             with saving.writing(self.folder, kept="nothing was trained yet"):
                 provenance.write(self.folder, started)
         begin = time.perf_counter()
+
+        def keep_hours() -> None:  # of what a checkpoint holds, in case this session is not the last
+            started["sessions"][-1]["hours"] = (time.perf_counter() - begin) / 3600
+            if self._first:
+                with saving.writing(self.folder, kept=self.trainer.kept()):
+                    provenance.write(self.folder, started)
+
+        self.trainer.add_callback(_AfterSaving(keep_hours))
         with _as_asked():
             self.trainer.train(resume_from_checkpoint=str(self.resume_from) if self.resume_from else None)
         seconds = time.perf_counter() - begin
@@ -252,6 +262,14 @@ class Run:
         return settings | ({"quality": quality} if quality else {})
 
 
+class _AfterSaving(TrainerCallback):
+    def __init__(self, then: Callable[[], None]) -> None:
+        self._then = then
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        self._then()
+
+
 def _beginning(example: Example) -> str | None:
     match example:
         case Pair(prompt):
@@ -288,16 +306,14 @@ def _resumable(recipe: Recipe, folder: Path) -> Path | None:
         if saved:
             raise RequestError(f"{folder} holds checkpoints of something else; choose another --output_dir")
         return None
-    then, now = before["recipe"], json.loads(json.dumps(recipe.record()))
-    changed = sorted(
-        name for name in then.keys() | now.keys() if name not in _HARMLESS and then.get(name) != now.get(name)
-    )
-    if changed:
-        name = changed[0]
-        raise RequestError(
-            f"{folder} holds another run: its {name} is {then.get(name)!r}, now it is {now.get(name)!r}; choose "
-            "another --output_dir, or remove that folder"
-        )
+    usual = {each.name: each.default for each in fields(LayerSkipConfig) if each.default is not MISSING}
+    then, now = usual | before["recipe"], usual | json.loads(json.dumps(recipe.record()))
+    for name in sorted((then.keys() | now.keys()) - _HARMLESS):
+        if then.get(name) != now.get(name):
+            raise RequestError(
+                f"{folder} holds another run: its {name} is {then.get(name)!r}, now it is {now.get(name)!r}; choose "
+                "another --output_dir, or remove that folder"
+            )
     if before["finished"]:
         raise RequestError(f"{folder} is finished already; choose another --output_dir, or remove that folder")
     return saved[-1] if saved else None
@@ -312,7 +328,7 @@ def _check_same_run(folder: Path, digests: Mapping[str, str], *, processes: int)
             f"use torchrun --nproc-per-node {begun}, or choose another --output_dir"
         )
     for name, digest in before.get("digests", {}).items():
-        if digests.get(name) != digest:
+        if name not in _HARMLESS and digests.get(name) != digest:
             raise RequestError(
                 f"{folder} holds a run on other {name}: its digest was {digest[:12]}, now it is "
                 f"{digests.get(name, 'none')[:12]}; put the files back, or choose another --output_dir"
@@ -331,7 +347,8 @@ def _check_rows(rows: Any, recipe: Recipe, *, positions: int | None) -> None:
             raise RequestError(
                 f"no example is as short as max_length {recipe.max_length}, so none is left; raise max_length"
             )
-        longest = int(rows.lengths.max()) if recipe.batching != "packed" else 0
+        packed = recipe.batching == "packed"  # positions begin anew with each document of a row
+        longest = int(max(row["position_ids"].max() for row in rows)) + 1 if packed else int(rows.lengths.max())
     if positions and longest > positions:
         raise RequestError(
             f"rows of {longest:,} tokens do not fit a model of {positions:,} positions; give max_length {positions}"
@@ -346,6 +363,10 @@ def _as_asked() -> Iterator[None]:
     except LayerSkipError:
         raise
     except (ValueError, ImportError) as error:
+        raise RequestError(" ".join(str(error).split())) from error
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):  # of a schedule or an optimizer, from the recipe
+            raise
         raise RequestError(" ".join(str(error).split())) from error
     except RuntimeError as error:
         if "to be installed" not in str(error):  # reporters

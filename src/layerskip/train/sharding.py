@@ -101,8 +101,15 @@ class ShardedTrainer(Trainer):
             return
         assert isinstance(self.model, nn.Module)
         first = self.args.process_index == 0
-        weights = load_file(Path(resume_from_checkpoint) / "model.safetensors") if first else {}
-        spread_weights(self.model, weights)
+        files = Path(resume_from_checkpoint).glob("model*.safetensors") if first else ()  # large models have several
+        spread_weights(self.model, {name: weight for file in files for name, weight in load_file(file).items()})
+
+    def _load_best_model(self) -> None:
+        if not self._sharded:
+            super()._load_best_model()
+            return
+        assert self.state.best_model_checkpoint is not None
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self._sharded:

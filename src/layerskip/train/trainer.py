@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import has_length
 
@@ -107,6 +107,7 @@ class LayerSkipTrainer(CompleteSaves, ShardedTrainer):
             names = [args.reference] if isinstance(args.reference, str) else args.reference
             how = {"dtype": torch.float32, "device_map": {"": args.device}}
             references = [load_model(name, what="the reference ", **how) for name in names]
+        self._check_labels(rest.get("compute_loss_func"))
         assert isinstance(self.model, nn.Module)
         inner = self.model
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # sharded or empty weights cannot be run
@@ -195,12 +196,21 @@ class LayerSkipTrainer(CompleteSaves, ShardedTrainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Measures every exit on a batch; the loss returned is the last layer's."""
         inputs = self._once(self._prepare_inputs(inputs))
-        with self.compute_loss_context_manager(), self.exits.watching():
+        # after training, transformers' own autocast around the model is gone
+        with self.accelerator.autocast(), self.exits.watching():
             measured = self.exits.measure(inputs, model=model)
         for exit, quality in measured.items():
             self._qualities[exit] = quality + self._qualities[exit] if exit in self._qualities else quality
         last = measured[self.layers]
         return last.loss / last.tokens.clamp(min=1), None, None
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """`Trainer`'s, with every row: `dataloader_drop_last` is for training, where rows are plenty."""
+        dropped, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = dropped
 
     def _once(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch without labels in the rows that accelerate repeats, so that every process gets as many."""
@@ -337,6 +347,14 @@ class LayerSkipTrainer(CompleteSaves, ShardedTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.args.ema_decay:
             self.average.load(Path(resume_from_checkpoint))
+
+    def _check_labels(self, own_loss: Any) -> None:
+        """Raises RequestError for what takes the labels away before the model sees them: exits would not be learnt."""
+        plain = self.args.curriculum == "last" and not self.args.anchor
+        taken = {"label_smoothing_factor": self.args.label_smoothing_factor, "compute_loss_func": own_loss}
+        for name, given in taken.items():
+            if given and not plain:
+                raise RequestError(f"{name} computes another loss than that of the exits; leave it out")
 
     def _check_averaged(self) -> None:
         if self.args.fully_shard or self.is_fsdp_enabled or self.is_deepspeed_enabled:

@@ -6,7 +6,7 @@ nor how rows share a batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Literal
@@ -217,6 +217,8 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _written_by_template(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list[_Segment]:
+    from jinja2 import TemplateError
+
     if not tokenizer.chat_template:
         raise RequestError("the tokenizer has no chat template to write messages with; give prompt and response")
     messages = [{"role": turn.role, "content": turn.content} for turn in chat.turns]
@@ -226,7 +228,12 @@ def _written_by_template(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list
         if message["role"] != "assistant":
             continue
         for upto, learnt in ((place, False), (place + 1, True)):
-            text = tokenizer.apply_chat_template(messages[:upto], tokenize=False, add_generation_prompt=not learnt)
+            if not upto:  # nobody spoke before the assistant; templates refuse an empty conversation
+                continue
+            try:
+                text = tokenizer.apply_chat_template(messages[:upto], tokenize=False, add_generation_prompt=not learnt)
+            except TemplateError as error:
+                raise RequestError(f"the chat template refuses a conversation: {error}; {_shown(messages)}") from error
             assert isinstance(text, str)
             if not text.startswith(written):
                 raise RequestError(
@@ -236,6 +243,11 @@ def _written_by_template(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> list
             segments.append(_Segment(text[len(written) :], learnt, begins=False))
             written = text
     return segments
+
+
+def _shown(messages: Sequence[Mapping[str, str]]) -> str:
+    roles = ", ".join(message["role"] for message in messages)
+    return f"its roles are {roles}, and it begins {messages[0]['content'][:40]!r}"
 
 
 def _tokenise(segments: Sequence[_Segment], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -93,7 +92,7 @@ def cut_stream(rows: Rows, *, length: int) -> Rows:
 class StreamedRows(IterableDataset[Row]):
     """`cut_stream` over examples that are read while training goes on, such as a streamed data set.
 
-    Each worker of a DataLoader reads all examples and encodes its share. `set_epoch` is called by `Trainer`.
+    The process that trains reads and encodes them, not workers of a DataLoader. `set_epoch` is called by `Trainer`.
 
     Args:
         examples: gives the examples of an epoch.
@@ -119,10 +118,9 @@ class StreamedRows(IterableDataset[Row]):
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[Row]:
-        worker = get_worker_info()
-        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        share = islice(self._examples(self._epoch), first, None, step)
-        rows = encode_each(share, tokenizer=self._tokenizer, limits=self._limits)
+        if get_worker_info() is not None:  # some sources share themselves out among workers, and others do not
+            raise RequestError("streamed rows are read by the process that trains; use dataloader_num_workers 0")
+        rows = encode_each(self._examples(self._epoch), tokenizer=self._tokenizer, limits=self._limits)
         return _cut((row for row, _ in rows), length=self._length)
 
 
