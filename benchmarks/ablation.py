@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from layerskip.environment import machine, versions
+from layerskip.errors import RequestError
 from layerskip.evaluate.acceptance import best, measure
 from layerskip.evaluate.quality import ALL, evaluate
 from layerskip.evaluate.tasks import Item, Task, score_frame
@@ -68,9 +72,17 @@ def main() -> None:
 
 
 def one(arm: str, seed: int, asked: argparse.Namespace) -> None:
-    """Trains and evaluates one model, unless that was done."""
+    """Trains and evaluates one model, unless that was done.
+
+    Raises:
+        RequestError: it was done with other steps or other data.
+    """
     folder = asked.output / f"{arm.replace(' ', '-').replace('+-', '')}-{seed}"
+    settings = {"steps": asked.steps, "data_folder": asked.data_folder}
     if (folder / "result.json").exists():
+        before = json.loads((folder / "result.json").read_text()).get("settings")
+        if before != settings:
+            raise RequestError(f"{folder} was made with {before}, not with {settings}; choose another --output")
         return
     run = build(arm, seed, asked, folder)
     if not (folder / "model.safetensors").exists():
@@ -81,7 +93,7 @@ def one(arm: str, seed: int, asked: argparse.Namespace) -> None:
     task = Task("topv2", items, score_frame, max_tokens=128)
     llm = load(folder, dtype="float32", max_batch=64)
     metrics = json.loads((folder / "metrics.json").read_text())
-    result = {"arm": arm, "seed": seed, "items": len(items), "metrics": metrics}
+    result = {"arm": arm, "seed": seed, "settings": settings, "items": len(items), "metrics": metrics}
     result |= {"exact_match": exact_match(llm, task), "speculation": speculation(llm, items)}
     (folder / "result.json").write_text(json.dumps(result))
     print(json.dumps({k: v for k, v in result.items() if k != "metrics"}), flush=True)
@@ -137,6 +149,7 @@ def speed(asked: argparse.Namespace, batches: int = 24) -> dict[str, Any]:
     the second one counts: the first to meet a shape pays for preparing its kernels. Processor time of one thread,
     because another job on the machine would be in the time of a clock.
     """
+    torch.set_num_threads(1)
     shape = read_recipe("topv2-parser").architecture
     trainers = {name: _trainer(name, shape, asked, batches) for name in SPEED}
     seconds: dict[str, list[float]] = {name: [] for name in SPEED}
@@ -192,8 +205,8 @@ def _mean_rate(keys: dict[str, Any], shape: dict[str, Any] | None) -> float:
 
 
 def means(values: Sequence[float]) -> tuple[float, float]:
-    """The mean and its standard error."""
-    return statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    """The mean and its standard error, NaN of a single value."""
+    return statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
 
 
 def report(source: Path, folder: Path) -> None:
@@ -231,10 +244,11 @@ def text(whole: dict[str, Any]) -> str:
     ]
     plain = {run["seed"]: run["exact_match"]["all"] for run in runs if run["arm"] == "nothing"}
     for arm, found in arms(runs):
+        less = [run["exact_match"]["all"] - plain[run["seed"]] for run in found if run["seed"] in plain]
         best_at = ", ".join(f"({run['speculation']['exit']}, {run['speculation']['draft_tokens']})" for run in found)
         cells = [
             _cell([run["exact_match"]["all"] for run in found], percent=True),
-            _cell([run["exact_match"]["all"] - plain[run["seed"]] for run in found], percent=True),
+            _cell(less, percent=True),
             _cell([run["metrics"][f"eval_exit_loss/{layers}"] for run in found]),
             _cell([run["speculation"]["rate"] for run in found], percent=True),
             _cell([run["speculation"]["tokens_per_round"] for run in found]),
@@ -281,8 +295,11 @@ def _speed_lines(speeds: dict[str, Any]) -> list[str]:
 
 
 def _cell(values: Sequence[float], *, percent: bool = False) -> str:
+    if not values:
+        return ""
     mean, error = means(values)
-    return f"{mean:.1%} ± {error:.1%}" if percent else f"{mean:.3g} ± {error:.2g}"
+    shown, scatter = (f"{mean:.1%}", f"{error:.1%}") if percent else (f"{mean:.3g}", f"{error:.2g}")
+    return shown if math.isnan(error) else f"{shown} ± {scatter}"
 
 
 def figure(whole: dict[str, Any], path: Path) -> None:
@@ -315,9 +332,10 @@ def figure(whole: dict[str, Any], path: Path) -> None:
 
 
 def arms(runs: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """The runs of each arm."""
+    """The runs of each arm that has any."""
     for arm in ARMS:
-        yield arm, [run for run in runs if run["arm"] == arm]
+        if found := [run for run in runs if run["arm"] == arm]:
+            yield arm, found
 
 
 if __name__ == "__main__":

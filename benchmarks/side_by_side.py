@@ -14,7 +14,7 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,14 @@ from benchmarks.agreement import RECORD, Wanted, make
 from benchmarks.contest import Contest, Way, start
 from benchmarks.figures import summary, versions
 from benchmarks.peers import FLOATS, OWN, PEERS, QUANTISED, Draft
-from benchmarks.questions import questions
+from benchmarks.questions import Question, questions
 from benchmarks.table import write_table
 from benchmarks.weights import SIZES
 from benchmarks.worker import PeerFailed
 from layerskip import environment
 from layerskip.errors import LayerSkipError, RequestError
 from layerskip.evaluate.bandwidth import measure_bandwidth
-from layerskip.evaluate.record import read, write
+from layerskip.evaluate.record import digest, read, write
 from layerskip.llm.recommended import recommended
 from layerskip.model.checkpoint import read_config
 from layerskip.model.shape import Shape
@@ -40,6 +40,7 @@ from layerskip.pretrained import embedded
 
 SHIPPED = "shipped"
 QUANTISED_BYTES = 1 + 2 / 32  # of a weight, with its share of a scale
+_ENDS = 1 << 20  # bytes of a file that are looked at, at either end
 UTTERANCES = Path(__file__).parent / "utterances.txt"
 
 
@@ -105,18 +106,19 @@ def compare(
     """
     path = output / f"side-by-side-{name}-{settings.dtype}.json"
     record: dict[str, Any] = read(path) if path.is_file() else {}
-    if record and record["settings"] != settings.record():
-        raise RequestError(f"{path} was measured with other settings; move it away, or choose another --output")
-    if record and len(record["rounds"]) >= settings.pairs:
-        say(f"{path} is complete")
-        return record
-    beginning = head(name, folder, settings)
-    if record and any(record[key] != beginning[key] for key in ("commit", "versions")):
-        raise RequestError(f"{path} was begun with another commit or other versions; move it away to begin anew")
-    work.mkdir(parents=True, exist_ok=True)
     asked = questions(
         folder, file=file, count=settings.prompts, new_tokens=settings.new_tokens, until_end=settings.until_end
     )
+    beginning = head(name, folder, settings) | {"digests": digests(folder, asked)}
+    for key in ("settings", "model", "controlled", "digests"):
+        if record and record.get(key, beginning[key]) != beginning[key]:  # older records have no digests
+            raise RequestError(f"{path} was measured with other {key}; move it away, or choose another --output")
+    if record and len(record["rounds"]) >= settings.pairs:
+        say(f"{path} is complete")
+        return record
+    if record and any(record[key] != beginning[key] for key in ("commit", "versions", "machine")):
+        raise RequestError(f"{path} was begun with another commit, versions or machine; move it away to begin anew")
+    work.mkdir(parents=True, exist_ok=True)
     # engines that were left out of the first rounds stay out: every ratio is of whole rounds
     names = [peer for peer in settings.peers if peer not in record.get("skipped", {})]
     workers, skipped, loaded = start(names, folder, dtype=settings.dtype, threads=settings.threads, work=work, say=say)
@@ -181,6 +183,17 @@ def head(name: str, folder: Path, settings: Settings) -> dict[str, Any]:
         "controlled": json.loads(made.read_text(encoding="utf-8")) if made.is_file() else None,
         "settings": settings.record(),
     }
+
+
+def digests(folder: Path, asked: Sequence[Question]) -> dict[str, str]:
+    """What tells other weights and other prompts of one name apart: the ends of the files, and all ids."""
+    weights = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            begin = file.read(_ENDS)
+            file.seek(max(path.stat().st_size - _ENDS, 0))
+            weights.append((path.name, path.stat().st_size, begin, file.read()))
+    return {"weights": digest(weights), "prompts": digest((one.prompt, one.new_tokens) for one in asked)}
 
 
 def checkpoint(name: str, checkpoints: Path) -> tuple[str, Path, Path | None]:

@@ -11,6 +11,8 @@ of our layers, and the setting that the checkpoint recommends. Writes topv2-tabl
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +63,10 @@ def ways(llm: LLM) -> list[Way]:
     exits = [round(share * llm.decoder.shape.layers) for share in SHARES]
     drafts = [EarlyExit(exit, tokens=DRAFTED) for exit in exits]
     if llm.recommended is not None:
-        drafts.append(EarlyExit(llm.recommended.exit, tokens=llm.recommended.draft_tokens))
-    alone = [Way(f"exit {exit}", exit=exit) for exit in exits]
-    return [Way("plain"), *alone, *(Way(drafter_name(draft), draft) for draft in drafts)]
+        drafts.append(llm.drafter("early-exit"))
+    alone = {f"exit {exit}": Way(f"exit {exit}", exit=exit) for exit in exits}
+    drafted = {drafter_name(draft): Way(drafter_name(draft), draft) for draft in drafts}  # one may be recommended
+    return [Way("plain"), *alone.values(), *drafted.values()]
 
 
 def measure(llm: LLM, asked: argparse.Namespace) -> dict[str, Any]:
@@ -80,7 +83,8 @@ def measure(llm: LLM, asked: argparse.Namespace) -> dict[str, Any]:
     cells = bench(llm, prompts, all_ways, batch=1, repeat=asked.repeat, max_tokens=task.max_tokens)
     rows = [_row(results[cell.who.name], cell, plain) for cell in cells]
     settings = {"items": asked.items, "timed": asked.timed, "repeat": asked.repeat, "data": "TOPv2, eval split"}
-    return {**record.about("table", llm), "settings": settings, "rows": rows}
+    command = shlex.join(["python", "benchmarks/topv2_table.py", *sys.argv[1:]])
+    return {**record.about("table", llm), "command": command, "settings": settings, "rows": rows}
 
 
 def _row(result: Result, cell: Cell, plain: Any) -> dict[str, Any]:
@@ -100,6 +104,12 @@ def _row(result: Result, cell: Cell, plain: Any) -> dict[str, Any]:
     }
 
 
+def _short(commit: str) -> str:
+    """The first digits of a commit, and whether files had changed since."""
+    number, changed, word = commit.partition("+")
+    return number[:12] + changed + word
+
+
 def text(found: dict[str, Any]) -> str:
     """The table for people."""
     settings, machine, model = found["settings"], found["machine"], found["model"]
@@ -112,7 +122,7 @@ def text(found: dict[str, Any]) -> str:
         f"range of {settings['repeat']}) on {settings['timed']} of them, one at a time, all ways in turns.",
         "",
         f"{machine['processor']}, {machine['threads']} threads; torch {found['versions']['torch']}; layerskip "
-        f"{(found['commit'] or '')[:12]}. `{found['command']}`",
+        f"{_short(found['commit'] or '')}. `{found['command']}`",
         "",
         "| way | mode | exact match | identical to plain | acceptance | tokens/round | ms a token | speedup |",
         "|---|---|---:|---:|---:|---:|---:|---:|",

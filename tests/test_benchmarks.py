@@ -10,7 +10,19 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import agreement, contest, growth, rounds, side_by_side, table, texts, vocabulary, weights, zipf
+from benchmarks import (
+    ablation,
+    agreement,
+    contest,
+    growth,
+    rounds,
+    side_by_side,
+    table,
+    texts,
+    vocabulary,
+    weights,
+    zipf,
+)
 from benchmarks.agreement import Found, Wanted
 from benchmarks.peers import PEERS, PeerRun
 from benchmarks.questions import Question
@@ -235,6 +247,10 @@ def test_a_run_goes_on_after_its_last_round(made: Path, measured: tuple[Path, di
         compare(made, tmp_path)
     with pytest.raises(RequestError, match="was measured with other settings"):
         compare(made, tmp_path, replace(SETTINGS, new_tokens=9))
+    digests = stopped["digests"] | {"weights": "of another training"}
+    (tmp_path / name).write_text(json.dumps(stopped | {"digests": digests}))
+    with pytest.raises(RequestError, match="was measured with other digests"):
+        compare(made, tmp_path)
 
 
 def test_the_page_has_targets_and_what_was_skipped(tmp_path: Path) -> None:
@@ -351,3 +367,15 @@ def test_nothing_grows_with_requests(made: Path) -> None:
     found = growth.serve(llm, draft=EarlyExit(TINY.exit), requests=75)
     assert found[-1] - found[1] < 2**22
     assert growth.compiled() == before
+
+
+def test_the_table_of_the_ablation_is_of_what_was_run() -> None:
+    whole = json.loads((Path(__file__).parents[1] / "docs" / "results" / "topv2-ablation.json").read_text())
+    page = ablation.text(whole)
+    assert "| both | 54.4% ± 3.3% | -0.9% ± 0.9% |" in page
+    some = [run for run in whole["runs"] if run["arm"] == "both" or (run["seed"] == 1 and run["arm"] == "dropout only")]
+    page = ablation.text({**whole, "runs": some})
+    assert "| both | 54.4% ± 3.3% |  |" in page  # nothing to compare with
+    [one] = [line for line in page.splitlines() if line.startswith("| dropout only | ")][:1]
+    assert "±" not in one  # the scatter of a single run is not known
+    assert "| nothing |" not in page.split("## Speed")[0]

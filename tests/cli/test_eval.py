@@ -300,13 +300,16 @@ def test_what_another_run_left_is_not_taken_up(
             changed = ("--batch", 2)
         elif change == "broken":
             (output / "unfinished-eval-gsm8k.json").write_text('{"kind": "unfin')
+        left = output / "unfinished-eval-gsm8k.json"
+        before = left.read_bytes()
         done = run(*command, "-m", same, "--exit", 1, *changed)
-        assert done.exit_code == 0
-        anew = "what an interrupted run left is of another model or task; starting anew"
-        assert (
-            done.stderr
-            == ("going on where an interrupted run of the same ended" if change == "nothing" else anew) + "\n"
-        )
+        if change == "nothing":
+            assert (done.exit_code, done.stderr) == (0, "going on where an interrupted run of the same ended\n")
+            continue
+        refused = "is what is left of another model, task or setting; choose another --output, or delete it"
+        assert (done.exit_code, done.stderr) == (2, f"error: {left} {refused}\n")
+        assert left.read_bytes() == before
+        left.unlink()
 
 
 def test_a_folder_that_cannot_be_written_is_known_at_once(

@@ -30,7 +30,7 @@ def test_exits_in_a_table_and_a_record(run: Any, tiny_checkpoint: Path, local_ta
     assert any(line[:2] == ["plain", "exact"] for line in words)
 
     [file] = (tmp_path / "new").iterdir()
-    assert file.name == "eval-choice-writing-2-ways.json"
+    assert file.name == "eval-choice-writing-exit-1-plain.json"
     found = record.read(file)
     assert (found["kind"], found["task"], found["items"], found["curves"]) == ("eval", "choice,writing", 28, None)
     assert found["harness"]["shots"] == {"choice": 0, "writing": 0}

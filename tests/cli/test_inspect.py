@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 import layerskip
-from layerskip.cli.inspect import Costs, perplexity, shape_rows, size
+from layerskip.cli.inspect import Costs, shape_rows, size
+from layerskip.decode.scoring import perplexity
 
 
 def test_story_checkpoint(run: Any, stories: Path) -> None:

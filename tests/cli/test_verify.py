@@ -33,7 +33,7 @@ def test_named_drafter_and_json(run: Any, tiny_checkpoint: Path) -> None:
 
 
 def test_prompts_of_files(run: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    (tmp_path / "plain.txt").write_text("the dog\n\n \nthe sun\r\n")
+    (tmp_path / "plain.txt").write_text("\ufeffthe dog\n\n \nthe sun\r\n")  # with the mark that Windows writes
     (tmp_path / "records.jsonl").write_text('{"prompt": "the dog"}\n{"text": "the sun", "id": 4}\n\n')
     for name in ("plain.txt", "records.jsonl"):
         done = run("verify", "-m", tiny_checkpoint, "--prompts", tmp_path / name, "--max-tokens", 4, "--json")
@@ -45,6 +45,7 @@ def test_prompts_of_files(run: Any, tiny_checkpoint: Path, tmp_path: Path) -> No
     [
         ("empty.txt", "\n\n", "holds no prompts; give one in each line"),
         ("bad.jsonl", '{"prompt": "a"}\nnot json', "bad.jsonl, line 2 is not JSON"),
+        ("long.jsonl", f'{{"prompt": {"1" * 5000}}}', "long.jsonl, line 1 is not JSON"),
         ("none.jsonl", '{"answer": "a"}', "none.jsonl, line 1 has no prompt; it must be an object with a text under"),
         ("list.jsonl", "[1]", "list.jsonl, line 1 has no prompt"),
         ("none.jsonl", '{"prompt": 3}', "none.jsonl, line 1 has no prompt"),

@@ -12,9 +12,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import layerskip
-from layerskip import LLM, EarlyExit, Lookup
+from layerskip import LLM, Assistant, Cascade, EarlyExit, Lookup
 from layerskip.errors import NumericalError, RequestError
 from layerskip.evaluate import Item, Quality, Score, Task, evaluate, quality, topv2
+from layerskip.evaluate.ways import Way, drafter_name
 from layerskip.train.data import Pair, topv2_tokenizer
 
 PROMPTS = ("the cat sat on the mat and the dog ran", "the", "the dog ran to the cat", "a", "the cat", "mat and dog")
@@ -199,3 +200,24 @@ def test_a_parser_that_learnt_its_frames_by_heart_scores_them_all(tmp_path: Path
 
 def test_examples_in_docstrings_run() -> None:
     assert doctest.testmod(quality) == doctest.TestResults(failed=0, attempted=1)
+
+
+def test_drafters_that_differ_in_anything_have_keys_of_their_own(llm: LLM, tiny_checkpoint: Path) -> None:
+    other = layerskip.load(tiny_checkpoint, dtype="float64", device="cpu")
+    with torch.no_grad():
+        next(iter(other.decoder.state_dict().values())).flatten()[:1] += 1
+    drafters = [
+        Cascade(Lookup(), EarlyExit(1, tokens=2)),
+        Cascade(Lookup(), EarlyExit(2, tokens=2)),
+        Cascade(Lookup(), EarlyExit(2, tokens=4)),
+        Cascade(Lookup(), EarlyExit(2, tokens=4, confidence=0.5)),
+        EarlyExit(2, tokens=4),
+        EarlyExit(2, tokens=4, length="thompson"),
+        EarlyExit(2, tokens=4, vocabulary=9),
+        EarlyExit(2, tokens=4, vocabulary=9, ranked=[5, 4]),
+        Assistant(llm.decoder, tokens=4),
+        Assistant(other.decoder, tokens=4),
+    ]
+    keys = [Way(drafter_name(drafter), drafter).key for drafter in drafters]
+    assert len(set(keys)) == len(drafters)
+    assert keys[0].startswith("cascade:1 K=2")

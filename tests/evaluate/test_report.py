@@ -162,6 +162,18 @@ def test_the_map_shows_what_was_measured_and_else_what_was_predicted() -> None:
         assert any(text.startswith(f"{cell.shown:.2f}") for text in listed)
 
 
+def test_a_recommended_head_is_starred_where_it_was_measured() -> None:
+    record = read("tune")
+    record["recommended"] |= {"vocabulary": 512}
+    each = {key: record["recommended"][key] for key in ("exit", "draft_tokens", "confidence", "vocabulary")}
+    spread = {"median": 1.7, "low": 1.6, "high": 1.8, "runs": [1.6, 1.7, 1.8]}
+    record["narrow"] = [{**each, "speedup": spread, "gain": spread, "tokens_per_round": 3.5, "identical": True}]
+    assert not any("★" in row[0] for row in tables.settings_tried(record).rows)
+    [row] = tables.heads_tried(record).rows  # type: ignore[union-attr]
+    assert row[0] == f"exit {each['exit']}, K={each['draft_tokens']}, 512 tokens ★"
+    assert row[1].startswith("1.70")
+
+
 def test_a_slow_measurement_is_not_hidden_by_a_fast_prediction() -> None:
     record = read("tune")
     for row in record["measured"]:

@@ -73,7 +73,7 @@ def test_gsm8k_as_published() -> None:
 
 
 def test_examples_in_docstrings_run() -> None:
-    assert doctest.testmod(sys.modules[number.__module__]) == doctest.TestResults(failed=0, attempted=1)
+    assert doctest.testmod(sys.modules[number.__module__]) == doctest.TestResults(failed=0, attempted=2)
 
 
 # --- summaries

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +55,8 @@ class Plan:
                 "prompts": self.source,
                 "items": len(self.prompts),
                 "prompt_tokens": sum(map(len, self.prompts)),
-                "prompt_digest": hashlib.sha256(repr([*map(list, self.prompts)]).encode()).hexdigest()[:16],
+                "prompt_digest": record.digest(map(list, self.prompts)),
+                "weights_digest": record.weights_digest(self.llm.decoder),
                 "batch": [settings.batch for settings in self.settings],
                 "repeat": repeat,
                 "max_tokens": first.max_tokens,

@@ -133,17 +133,9 @@ def vocabulary(words: str) -> int | str:
 
 def label(words: str, drafter: Drafter | None) -> str:
     """What reports call a way of decoding: "early-exit:3 K=4", or "plain"."""
-    from layerskip.decode.controllers import MOST
-    from layerskip.decode.drafters import Auto
-    from layerskip.evaluate.ways import narrowness
+    from layerskip.evaluate.ways import drafter_name
 
-    if drafter is None:
-        return "plain"
-    if isinstance(drafter, Auto) and drafter.tokens == MOST:
-        return words + narrowness(drafter)
-    rule = getattr(_drawing(drafter), "length", "fixed")  # not every drafter has one
-    length = "" if rule == "fixed" else f" {rule}"
-    return f"{_whole(words, drafter)} K={drafter.tokens}{length}{narrowness(drafter)}"
+    return "plain" if drafter is None else drafter_name(drafter, words=words)
 
 
 def account(drafter: Drafter | None) -> str | None:
@@ -159,33 +151,24 @@ def account(drafter: Drafter | None) -> str | None:
 
 def confidence(drafter: Drafter) -> float | None:
     """Where its drafts end: as asked, or as the checkpoint recommends."""
-    found: float | None = getattr(_drawing(drafter), "confidence", None)  # not every drafter has one
+    from layerskip.evaluate.ways import drawing
+
+    found: float | None = getattr(drawing(drafter), "confidence", None)  # not every drafter has one
     return found
-
-
-def _drawing(drafter: Drafter) -> Drafter:
-    """What draws the tokens that it does not copy."""
-    from layerskip.decode.drafters import Cascade
-
-    return drafter.exit if isinstance(drafter, Cascade) else drafter
-
-
-def _whole(words: str, drafter: Drafter) -> str:
-    """The words with what they leave to the checkpoint."""
-    from layerskip.decode.drafters import EarlyExit
-
-    early = _drawing(drafter)
-    return f"{words}:{early.exit}" if ":" not in words and isinstance(early, EarlyExit) else words
 
 
 def draft_record(flags: DraftFlags, drafter: Drafter | None) -> dict[str, Any] | None:
     """What drafts, for JSON."""
-    from layerskip.decode.drafters import Auto
+    from layerskip.decode.drafters import Auto, EarlyExit
+    from layerskip.evaluate.ways import drawing
 
     if drafter is None:
         return None
+    inner = drawing(drafter)
+    # with what the words leave to the checkpoint
+    whole = f"{flags.draft}:{inner.exit}" if ":" not in flags.draft and isinstance(inner, EarlyExit) else flags.draft
     chosen = {"chosen": drafter.record()} if isinstance(drafter, Auto) else {}
-    named = {"drafter": _whole(flags.draft, drafter), "tokens": drafter.tokens, "confidence": confidence(drafter)}
+    named = {"drafter": whole, "tokens": inner.tokens, "confidence": confidence(drafter)}
     found: dict[str, Any] = {} if flags.draft_length is None else {"length": flags.draft_length}
     size = getattr(drafter, "vocabulary", None)  # a checkpoint may recommend this too; not every drafter has it
     found |= {} if size is None else {"vocabulary": size}

@@ -126,8 +126,6 @@ def _evaluated(
         kept = Kept(_unfinished(output, questions), same=identity(llm, questions, batch=batch))
         if kept.resumed:
             screen.note("going on where an interrupted run of the same ended")
-        elif kept.anew:
-            screen.note("what an interrupted run left is of another model or task; starting anew")
     try:
         return evaluate(llm, questions, exits=exits, draft=drafter, batch=batch, allow_code_execution=allow, kept=kept)
     except KeyboardInterrupt:

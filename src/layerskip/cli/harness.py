@@ -144,15 +144,22 @@ def way_name(exit: int | None, layers: int) -> str:
     return "plain" if exit in (None, layers) else f"exit {exit}"
 
 
+_LONGEST = 150  # letters of a file's name
+
+
 def file_name(tasks: Sequence[str], ways: Sequence[str]) -> str:
     """The file of a record, so that other tasks and other ways have other files.
 
     Example:
         >>> file_name(["arc_easy", "gsm8k"], ["early-exit:8 K=4"])
         'eval-arc_easy-gsm8k-early-exit-8-K-4.json'
+        >>> file_name(["arc_easy"], ["exit 1", "exit 2"])
+        'eval-arc_easy-exit-1-exit-2.json'
     """
-    words = "-".join([*tasks, ways[0] if len(ways) == 1 else f"{len(ways)} ways"])
-    return f"eval-{re.sub(r'[^A-Za-z0-9_]+', '-', words)[:150]}.json"
+    from layerskip.evaluate.record import digest
+
+    words = re.sub(r"[^A-Za-z0-9_]+", "-", "-".join([*tasks, *ways]))
+    return f"eval-{words if len(words) <= _LONGEST else f'{words[:_LONGEST]}-{digest([words])}'}.json"
 
 
 def show(outcomes: Sequence[Outcome], screen: Screen) -> None:

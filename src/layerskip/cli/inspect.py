@@ -3,7 +3,6 @@ quantising changes."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
@@ -150,9 +149,7 @@ def shape_rows(shape: Shape) -> list[tuple[str, str]]:
 
 def exit_rows(scores: Sequence[ExitScore]) -> list[tuple[str, ...]]:
     """One row for each exit."""
-    return [
-        (str(s.exit), f"{s.loss:.4f}", f"{perplexity(s.loss):.2f}", f"{s.agreement(scores[-1]):.1%}") for s in scores
-    ]
+    return [(str(s.exit), f"{s.loss:.4f}", f"{s.perplexity:.2f}", f"{s.agreement(scores[-1]):.1%}") for s in scores]
 
 
 def record(llm: LLM, costs: Costs, scores: Sequence[ExitScore]) -> dict[str, Any]:
@@ -167,15 +164,10 @@ def record(llm: LLM, costs: Costs, scores: Sequence[ExitScore]) -> dict[str, Any
         "bytes": asdict(costs),
         "text_tokens": len(scores[0].logprobs) + 1,
         "exits": [
-            {"exit": s.exit, "loss": s.loss, "perplexity": perplexity(s.loss), "agreement": s.agreement(scores[-1])}
+            {"exit": s.exit, "loss": s.loss, "perplexity": s.perplexity, "agreement": s.agreement(scores[-1])}
             for s in scores
         ],
     }
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss), infinite where that has no number."""
-    return math.exp(loss) if not loss > 700 else math.inf
 
 
 def size(count: int) -> str:

@@ -63,7 +63,7 @@ def read_prompts(file: Path) -> list[str]:
 def _field(line: str, where: str) -> str:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets without end, too
         raise RequestError(f"{where} is not JSON: {error}") from error
     found = [record[key] for key in FIELDS if key in record] if isinstance(record, dict) else []
     if not found or not isinstance(found[0], str):
@@ -75,7 +75,7 @@ def _field(line: str, where: str) -> str:
 def decode(data: bytes, source: str) -> str:
     """UTF-8 bytes as text. Raises RequestError that names the byte."""
     try:
-        return data.decode()
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RequestError(
             f"{source} is not UTF-8 text: byte 0x{data[error.start]:02x} at position {error.start} "

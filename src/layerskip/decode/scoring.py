@@ -43,10 +43,20 @@ class ExitScore:
         """Mean negative log-likelihood per token, in nats."""
         return -self.total / len(self.logprobs)
 
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return perplexity(self.loss)
+
     def agreement(self, other: ExitScore) -> float:
         """Share of places in which both exits predict the same token."""
         same = sum(a == b for a, b in zip(self.predictions, other.predictions, strict=True))
         return same / len(self.predictions)
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that has no number."""
+    return math.exp(loss) if not loss > 700 else math.inf
 
 
 @torch.inference_mode()

@@ -17,7 +17,7 @@ from layerskip.evaluate.contest import PLAIN, Contest, Settings, Step, Texts, at
 from layerskip.evaluate.follow import follow, fresh
 from layerskip.evaluate.prompts import encode_prompts
 from layerskip.evaluate.ticks import Tick, read_ticks
-from layerskip.evaluate.ways import Way
+from layerskip.evaluate.ways import Way, drawing
 from layerskip.evaluate.weights import Weights
 from layerskip.llm import LLM, Chunk, Stream
 from layerskip.llm.prompts import Prompt
@@ -131,7 +131,7 @@ class Ours:
             self.way.name,
             mode="lossy" if lossy else "exact",
             exit=draft.exit if isinstance(draft, EarlyExit) else exit,
-            draft_tokens=None if draft is None else draft.tokens,
+            draft_tokens=None if draft is None else drawing(draft).tokens,
         )
 
     def check(self, prompts: Sequence[Sequence[int]], settings: Settings) -> None:

@@ -5,12 +5,11 @@ Knows texts, windows and counts. Does not know files, nor how a figure is drawn.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from layerskip.decode.scoring import ExitScore
+from layerskip.decode.scoring import ExitScore, perplexity
 from layerskip.errors import RequestError, check_exit
 from layerskip.llm import LLM
 
@@ -39,7 +38,7 @@ class Point:
     @property
     def perplexity(self) -> float:
         """exp(loss)."""
-        return math.exp(self.loss)
+        return perplexity(self.loss)
 
     def record(self) -> dict[str, Any]:
         """The same for JSON."""

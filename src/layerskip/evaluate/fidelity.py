@@ -5,7 +5,6 @@ Knows two models of one vocabulary, and texts as token ids. Does not know how we
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layerskip.decode.scoring import perplexity
 from layerskip.errors import RequestError
 from layerskip.llm import LLM
 from layerskip.model.decoder import Decoder
@@ -42,7 +42,7 @@ class Fidelity:
     @property
     def perplexity(self) -> float:
         """The quantised model's perplexity as a multiple of the checkpoint's."""
-        return math.exp(min(self.loss - self.checkpoint_loss, 700.0))
+        return perplexity(self.loss - self.checkpoint_loss)
 
     def record(self) -> dict[str, Any]:
         """The same for JSON."""

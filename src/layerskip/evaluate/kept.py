@@ -5,7 +5,6 @@ Knows files, and what makes two evaluations the same: model, task and settings. 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -18,8 +17,6 @@ from layerskip.evaluate import record
 from layerskip.evaluate.tasks import Task
 from layerskip.llm import LLM
 
-_LOOKED_AT = 64  # numbers of each tensor
-
 
 class Kept:
     """Finished parts by name. They are written at once, so the folder has to be writable from the beginning.
@@ -29,18 +26,21 @@ class Kept:
         same: what has to be equal for a part to be taken up again, as JSON has it.
 
     Raises:
+        RequestError: the file holds parts of something else.
         StorageError: the place cannot be written.
 
     Attributes:
         resumed: whether parts of an earlier run were found.
-        anew: whether there were parts of something else, which are given up.
     """
 
     def __init__(self, path: Path, *, same: Mapping[str, Any]) -> None:
         self._path, self._same = path, json.loads(json.dumps(same))
         found = _read(path)
-        self.anew = found is not None and found.get("same") != self._same
-        self._parts: dict[str, Any] = found["parts"] if found is not None and not self.anew else {}
+        if found is not None and found.get("same") != self._same:
+            raise RequestError(
+                f"{path} is what is left of another model, task or setting; choose another --output, or delete it"
+            )
+        self._parts: dict[str, Any] = {} if found is None else found["parts"]
         self.resumed = bool(self._parts)
         self._write()
 
@@ -80,20 +80,15 @@ def identity(llm: LLM, task: Task, **settings: Any) -> dict[str, Any]:
         task: its items, all of them.
         settings: whatever else changes what is measured, as JSON has it.
     """
-    weights = hashlib.sha256()
-    for name, tensor in sorted(llm.decoder.state_dict().items()):
-        weights.update(f"{name} {tuple(tensor.shape)}".encode())
-        weights.update(tensor.flatten()[:_LOOKED_AT].double().cpu().numpy().tobytes())
-    items = hashlib.sha256(repr([asdict(item) for item in task.items]).encode("utf-8", "surrogatepass"))
     return {
         "layerskip": __version__,
         "model": llm.name,
         "dtype": str(llm.decoder.dtype),
         "layout": llm.decoder.layout,
         "device": str(llm.decoder.device),
-        "weights": weights.hexdigest(),
+        "weights": record.weights_digest(llm.decoder),
         "task": task.name,
-        "items": items.hexdigest(),
+        "items": record.digest(asdict(item) for item in task.items),
         "max_tokens": task.max_tokens,
         "stop": list(task.stop),
         **settings,

@@ -5,11 +5,12 @@ Knows the machine, the model and folders. Does not know what was measured: that 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from typing import Any
 from layerskip import environment
 from layerskip.errors import RequestError, StorageError
 from layerskip.llm import LLM
+from layerskip.model.decoder import Decoder
 from layerskip.model.quantise import note
+
+_LOOKED_AT = 64  # numbers of each tensor
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,20 @@ class Spread:
     def record(self) -> dict[str, Any]:
         """The same for JSON."""
         return asdict(self)
+
+
+def digest(values: Iterable[Any]) -> str:
+    """What stands for values that a record does not hold: 16 hexadecimal digits."""
+    return hashlib.sha256(repr(list(values)).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def weights_digest(decoder: Decoder) -> str:
+    """A few numbers of every weight, hashed: another training at the same place is another model."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(decoder.state_dict().items()):
+        found.update(f"{name} {tuple(tensor.shape)}".encode())
+        found.update(tensor.flatten()[:_LOOKED_AT].double().cpu().numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def about(kind: str, llm: LLM) -> dict[str, Any]:

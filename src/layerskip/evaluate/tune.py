@@ -7,13 +7,10 @@ Knows acceptance, costs and measurements. Does not know files but the record's o
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from layerskip.decode.drafters import EarlyExit
 from layerskip.decode.drafters.coarse import has_coarse
@@ -236,8 +233,8 @@ class Tuning:
             "prompts": source,
             "items": len(self.prompts),
             "prompt_tokens": sum(map(len, self.prompts)),
-            "prompt_digest": _digest([*map(list, self.prompts)]),
-            "weights_digest": digest(self.llm),
+            "prompt_digest": record.digest(map(list, self.prompts)),
+            "weights_digest": record.weights_digest(self.llm.decoder),
             "batch": self.settings.batch,
             "max_tokens": self.settings.max_tokens,
             "stop": list(self.settings.stop),
@@ -247,7 +244,7 @@ class Tuning:
             "draft_tokens": list(self.grid.draft_tokens),
             "confidence": list(self.grid.confidences),
             "draft_vocabulary": None if self.vocabulary is None else list(self.vocabulary),
-            "ranked_digest": _digest(self.ranked),
+            "ranked_digest": record.digest(self.ranked),
         }
 
     def _keep(self) -> None:
@@ -282,15 +279,3 @@ def _exit(texts: Sequence[Continuation], exit: int, most: int) -> dict[str, Any]
         "agreement": sum(right) / len(right),
         "loss": None,
     }
-
-
-def _digest(numbers: Sequence[Any]) -> str:
-    return hashlib.sha256(repr(list(numbers)).encode()).hexdigest()[:16]
-
-
-def digest(llm: LLM) -> str:
-    """A few numbers of every weight, hashed: another training at the same place is another model."""
-    found = hashlib.sha256()
-    for _, tensor in sorted(llm.decoder.state_dict().items()):
-        found.update(tensor.flatten()[:64].to(torch.float64).cpu().numpy().tobytes())
-    return found.hexdigest()[:16]

@@ -10,9 +10,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from layerskip.decode.acceptance import Acceptance
+from layerskip.decode.controllers import MOST
 from layerskip.decode.draft import Drafter
+from layerskip.decode.drafters import Assistant, Auto, Cascade, EarlyExit
 from layerskip.errors import RequestError
 from layerskip.evaluate.follow import Run, follow, fresh
+from layerskip.evaluate.record import digest, weights_digest
 from layerskip.evaluate.tasks import Item, Task
 from layerskip.llm import LLM, Completion
 
@@ -42,8 +45,16 @@ class Way:
     @property
     def key(self) -> str:
         """Tells apart all ways that may differ in what they cost."""
-        confidence = getattr(self.draft, "confidence", None)  # not every drafter has one
-        return self.name if confidence is None else f"{self.name} confidence={confidence}"
+        if self.draft is None:
+            return self.name
+        inner = drawing(self.draft)
+        ranked = getattr(inner, "ranked", ())  # not every drafter has them, nor a threshold
+        parts = {
+            "confidence": getattr(inner, "confidence", None),
+            "ranking": digest(ranked) if ranked else None,
+            "weights": weights_digest(inner.decoder) if isinstance(inner, Assistant) else None,
+        }
+        return " ".join([self.name, *(f"{name}={value}" for name, value in parts.items() if value is not None)])
 
 
 @dataclass(frozen=True)
@@ -165,18 +176,30 @@ def fitting(llm: LLM, task: Task) -> Task:
     return replace(task, items=items)
 
 
-def drafter_name(drafter: Drafter) -> str:
-    """What reports call a drafter: "early-exit:3 K=4"."""
-    from layerskip.decode.drafters import Auto, EarlyExit
-
-    if isinstance(drafter, Auto):
-        return drafter.name + narrowness(drafter)
-    depth = f":{drafter.exit}" if isinstance(drafter, EarlyExit) else ""
-    return f"{drafter.name}{depth} K={drafter.tokens}{narrowness(drafter)}"
+def drawing(drafter: Drafter) -> Drafter:
+    """What draws the tokens that a drafter does not copy."""
+    return drafter.exit if isinstance(drafter, Cascade) else drafter
 
 
-def narrowness(drafter: Drafter) -> str:
+def drafter_name(drafter: Drafter, *, words: str | None = None) -> str:
+    """What reports call a drafter: "early-exit:3 K=4".
+
+    Args:
+        drafter: that drafts.
+        words: how it was asked for; None names its kind.
+    """
+    inner, name = drawing(drafter), words or drafter.name
+    if isinstance(inner, EarlyExit) and ":" not in name:
+        name += f":{inner.exit}"
+    if isinstance(drafter, Auto) and drafter.tokens == MOST:
+        return name + _narrowness(drafter)
+    rule = getattr(inner, "length", "fixed")  # not every drafter has one
+    return f"{name} K={inner.tokens}{'' if rule == 'fixed' else f' {rule}'}{_narrowness(drafter)}"
+
+
+def _narrowness(drafter: Drafter) -> str:
     """ " N=2048" where only so many tokens are proposed, " int8 head" where they are through such a one."""
+    drafter = drawing(drafter)
     if getattr(drafter, "head", "own") == "int8":
         return " int8 head"
     vocabulary = getattr(drafter, "vocabulary", None)  # not every drafter has one

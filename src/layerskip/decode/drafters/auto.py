@@ -113,7 +113,7 @@ class Auto:
             if not 0 <= guess <= 1:
                 raise RequestError(f"acceptance {guess} of exit {place} is not possible; use 0 to 1")
         self.exit, self.guesses = exit, dict(guesses or {})
-        self.vocabulary, self.head = vocabulary, head
+        self.vocabulary, self.head, self.ranked = vocabulary, head, tuple(ranked)
         self._heads = heads(head, vocabulary, ranked)
         self.counts: dict[str, Count] = {}
         self._copies = Copies(Lookup(tokens=tokens)) if lookup else None

@@ -65,7 +65,7 @@ class EarlyExit:
         check_draft_exit(exit)
         self.exit, self.confidence, self.length = exit, confidence, length
         self.controller: Controller = controller_for(tokens, confidence=confidence, length=length)
-        self.vocabulary, self.head = vocabulary, head
+        self.vocabulary, self.head, self.ranked = vocabulary, head, tuple(ranked)
         self._heads = heads(head, vocabulary, ranked)
 
     @property

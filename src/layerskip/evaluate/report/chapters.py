@@ -147,8 +147,9 @@ def _bench(record: Record) -> list[Section]:
 
 
 def _tune(record: Record) -> list[Section]:
+    tried = [tables.settings_tried(record), tables.heads_tried(record)]
     found = [
-        Section("speedup-map", "Speedup over (E, K)", figures.speedup_map(record), [tables.settings_tried(record)])
+        Section("speedup-map", "Speedup over (E, K)", figures.speedup_map(record), [table for table in tried if table])
     ]
     found += _lines(
         "acceptance-by-position", charts.acceptance_by_position(record), figures.acceptance_by_position, record

@@ -233,7 +233,8 @@ def splits(record: Record) -> list[Split]:
 def settings(record: Record) -> list[Cell]:
     """The settings of a tuning, by exit, draft length and confidence."""
     predicted, measured = ({_key(row): row for row in record[name]} for name in ("predicted", "measured"))
-    chosen = _key(record["recommended"]) if record.get("recommended") else None
+    recommended = record.get("recommended")
+    chosen = _key(recommended) if recommended and not has_head(recommended) else None
     cells = []
     for key in sorted(predicted.keys() | measured.keys(), key=lambda key: (key[0], key[1], key[2] or 0.0)):
         guess, run = predicted.get(key), measured.get(key)
@@ -248,6 +249,16 @@ def settings(record: Record) -> list[Cell]:
             )
         )
     return cells
+
+
+def setting_of(record: Record) -> tuple[Any, ...]:
+    """What makes a setting of a tuning another one."""
+    return (*_key(record), record.get("vocabulary"), record.get("head"))
+
+
+def has_head(setting: Record) -> bool:
+    """Whether a setting drafts through fewer tokens, or through a head of 8 bits."""
+    return bool(setting.get("vocabulary")) or setting.get("head", "own") != "own"
 
 
 def best_settings(record: Record) -> list[Cell]:

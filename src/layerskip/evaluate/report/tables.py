@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from layerskip.evaluate.report import charts
-from layerskip.evaluate.report.charts import Lines, Record
+from layerskip.evaluate.report.charts import Lines, Record, spread
 
 NONE = "–"
 """Where there is no number."""
@@ -155,6 +155,24 @@ def settings_tried(record: Record) -> Table:
     ]
     columns = ("", "confidence", "predicted", "measured", "tokens/round")
     return Table(columns, rows, "speedup over plain decoding; measured: median (lowest – highest); ★ recommended")
+
+
+def heads_tried(record: Record) -> Table | None:
+    """The best setting through other draft heads, as measured; None where none was tried."""
+    recommended = record.get("recommended")
+    chosen = charts.setting_of(recommended) if recommended and charts.has_head(recommended) else None
+    rows = [
+        [
+            f"exit {each['exit']}, K={each['draft_tokens']}, "
+            + (f"{each['vocabulary']:,} tokens" if each.get("vocabulary") else f"{each['head']} head")
+            + (" ★" if charts.setting_of(each) == chosen else ""),
+            *(_range(found, "{:.2f}") for name in ("speedup", "gain") if (found := spread(each[name]))),
+            f"{each['tokens_per_round']:.2f}",
+        ]
+        for each in record.get("narrow") or ()
+    ]
+    columns = ("", "speedup", "of the whole head", "tokens/round")
+    return Table(columns, rows, "median (lowest – highest); ★ recommended") if rows else None
 
 
 def costs(record: Record) -> Table | None:

@@ -14,7 +14,8 @@ from layerskip.evaluate.tasks.files import Hub, records
 from layerskip.evaluate.tasks.task import Item, Task
 
 _MARK = "####"
-_NUMBER = re.compile(r"-?\$?\.?[0-9](?:[0-9]|,(?=[0-9]))*(?:\.[0-9]+)?")
+# a full stop begins a number (.5) unless it ends what stands before it, as in "Rs.500" and "is...18"
+_NUMBER = re.compile(r"-?\$?(?:[0-9](?:[0-9]|,(?=[0-9]))*(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)")
 
 
 def gsm8k(files: str | Path) -> Task:
@@ -43,6 +44,8 @@ def number(text: str) -> Decimal | None:
     Example:
         >>> number("9 * 2 = 18 dollars. #### 1,018"), number("so it is $1.50 a day."), number("none")
         (Decimal('1018'), Decimal('1.50'), None)
+        >>> number("it costs Rs.5.50"), number("the answer is...18"), number("half is .5")
+        (Decimal('5.50'), Decimal('18'), Decimal('0.5'))
     """
     _, mark, behind = text.partition(_MARK)
     found = _NUMBER.findall(behind if mark else text)
