@@ -174,6 +174,7 @@ def test_a_run_that_was_interrupted_goes_on(
 def test_another_run_is_not_gone_on_with(run: Any, base: tuple[Any, ...], tmp_path: Path) -> None:
     command = (*base, "--draft", "lookup", "--output", tmp_path)
     record = last_line(run(*command))
+    assert len(record["settings"]["weights_digest"]) == 16
     others: dict[str, Any] = {
         "command": "layerskip bench",
         "model": {"name": "x"},
