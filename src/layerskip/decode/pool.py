@@ -91,8 +91,9 @@ class Pool:
         total = max(len(self.rows), sum(held.taken for held in self.rows) + rows)
         if total <= self.cache.rows and slots <= self.cache.slots:
             return
-        more = slots > self.cache.slots  # by half at least: growing copies, and compiled graphs are of one size
-        wanted = max(slots, self.cache.slots * 3 // 2) if more else self.cache.slots
+        wanted = self.cache.slots
+        if slots > wanted:  # by half, within the context: growing copies, and compiled graphs are of one size
+            wanted = max(slots, min(wanted * 3 // 2, self.cache.shape.context))
         try:
             self.cache.grow(rows=total, slots=-(-wanted // 64) * 64)
         except CapacityError:
