@@ -159,16 +159,17 @@ def confidence(drafter: Drafter) -> float | None:
 
 def draft_record(flags: DraftFlags, drafter: Drafter | None) -> dict[str, Any] | None:
     """What drafts, for JSON."""
-    from layerskip.decode.drafters import Auto, EarlyExit
-    from layerskip.evaluate.ways import drawing
+    from layerskip.decode.drafters import Auto
+    from layerskip.evaluate.ways import drawing, with_exit
 
     if drafter is None:
         return None
-    inner = drawing(drafter)
-    # with what the words leave to the checkpoint
-    whole = f"{flags.draft}:{inner.exit}" if ":" not in flags.draft and isinstance(inner, EarlyExit) else flags.draft
     chosen = {"chosen": drafter.record()} if isinstance(drafter, Auto) else {}
-    named = {"drafter": whole, "tokens": inner.tokens, "confidence": confidence(drafter)}
+    named = {
+        "drafter": with_exit(flags.draft, drafter),
+        "tokens": drawing(drafter).tokens,
+        "confidence": confidence(drafter),
+    }
     found: dict[str, Any] = {} if flags.draft_length is None else {"length": flags.draft_length}
     size = getattr(drafter, "vocabulary", None)  # a checkpoint may recommend this too; not every drafter has it
     found |= {} if size is None else {"vocabulary": size}

@@ -181,6 +181,12 @@ def drawing(drafter: Drafter) -> Drafter:
     return drafter.exit if isinstance(drafter, Cascade) else drafter
 
 
+def with_exit(words: str, drafter: Drafter) -> str:
+    """The words for a drafter with the exit that they leave to the checkpoint."""
+    inner = drawing(drafter)
+    return f"{words}:{inner.exit}" if ":" not in words and isinstance(inner, EarlyExit) else words
+
+
 def drafter_name(drafter: Drafter, *, words: str | None = None) -> str:
     """What reports call a drafter: "early-exit:3 K=4".
 
@@ -188,9 +194,7 @@ def drafter_name(drafter: Drafter, *, words: str | None = None) -> str:
         drafter: that drafts.
         words: how it was asked for; None names its kind.
     """
-    inner, name = drawing(drafter), words or drafter.name
-    if isinstance(inner, EarlyExit) and ":" not in name:
-        name += f":{inner.exit}"
+    inner, name = drawing(drafter), with_exit(words or drafter.name, drafter)
     if isinstance(drafter, Auto) and drafter.tokens == MOST:
         return name + _narrowness(drafter)
     rule = getattr(inner, "length", "fixed")  # not every drafter has one
