@@ -501,6 +501,8 @@ def test_arguments_of_another_kind_are_named(llm: LLM) -> None:
         with pytest.raises(RequestError, match=message):
             make()
     assert one(llm.generate("the cat", max_tokens=3, stop=None)).tokens
+    known = one(llm.generate("the cat", max_tokens=3)).tokens
+    assert one(llm.generate("the cat", max_tokens=3, stop={"§"}, sampling=Sampling(banned={max(known) + 1}))).tokens  # type: ignore[arg-type]
 
 
 def test_memory_too_small_for_all_rows_at_once_serves_them_in_turns(

@@ -7,7 +7,7 @@ what a drafter proposes never enters it. Sizes: B rows, T positions scored, K dr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -82,7 +82,7 @@ class Sampling:
         if not isinstance(self.logit_bias, Mapping):
             raise RequestError(f"logit_bias {self.logit_bias!r} is not possible; use a mapping of token ids to numbers")
         for name, kind in (("banned", "token ids"), ("processors", "functions")):
-            if not isinstance(getattr(self, name), Sequence) or isinstance(getattr(self, name), str | bytes):
+            if not isinstance(getattr(self, name), Collection) or isinstance(getattr(self, name), str | bytes):
                 raise RequestError(f"{name} {getattr(self, name)!r} is not possible; use a list of {kind}")
         for token in (*self.banned, *self.logit_bias):
             check_whole("token", token)

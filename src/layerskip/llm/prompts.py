@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from layerskip.errors import RequestError
@@ -38,7 +38,7 @@ def stop_strings(stop: Any) -> list[str]:
         RequestError: something that is not text.
     """
     stops = [stop] if isinstance(stop, str) else [] if stop is None else stop
-    if not isinstance(stops, Sequence) or not all(isinstance(one, str) for one in stops):
+    if not isinstance(stops, Collection) or not all(isinstance(one, str) for one in stops):
         raise RequestError(f"stop {stop!r} is not possible; use a text, or a list of texts")
     return list(stops)
 
