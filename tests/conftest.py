@@ -38,6 +38,14 @@ def same_threads() -> Iterator[None]:
         sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
+@pytest.fixture
+def small_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bandwidth is measured over a buffer as for a machine with a small cache: a large one takes seconds."""
+    from layerskip.evaluate import bandwidth
+
+    monkeypatch.setattr(bandwidth, "buffer_size", lambda _: 16 << 20)
+
+
 @pytest.fixture(scope="session")
 def stories() -> Path:
     """The folder of a real 260K-parameter Llama checkpoint; skips where it is not beside the project."""

@@ -68,6 +68,7 @@ def lay_out(folder: Path) -> None:
         (folder / name).write_text(text)
 
 
+@pytest.mark.usefixtures("small_cache")
 @pytest.mark.parametrize(("where", "line"), commands())
 def test_every_command_runs(
     where: str, line: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -106,6 +107,7 @@ def test_every_training_begins(
     assert (Path(recipe.training.get("output_dir", f"runs/{recipe.name}")) / "README.md").is_file()
 
 
+@pytest.mark.usefixtures("small_cache")
 @pytest.mark.parametrize(("where", "text"), blocks("python"))
 def test_every_example_runs(
     where: str, text: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

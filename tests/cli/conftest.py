@@ -95,7 +95,7 @@ def copy(tiny_checkpoint: Path, tmp_path: Path) -> Copy:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(monkeypatch: pytest.MonkeyPatch, small_cache: None) -> Run:
     """Calls `layerskip` in this process; standard input is a pipe, as are the outputs."""
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE"):
         monkeypatch.delenv(name, raising=False)
