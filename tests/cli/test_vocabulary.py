@@ -105,6 +105,20 @@ def test_bench_takes_several_sizes(run: Any, base: tuple[Any, ...], tiny_checkpo
     assert all(cell["identical"] for cell in record["cells"][1:])
 
 
+def test_bench_does_not_go_on_with_another_ranking(
+    run: Any, base: tuple[Any, ...], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    corpus, folder = tmp_path / "corpus.txt", tmp_path / "results"
+    sizes = ("--draft", "early-exit:1", "--draft-vocabulary", 9, "--draft-corpus", corpus, "--output", folder)
+    corpus.write_text("the quick fox")
+    assert run("bench", *base, tiny_checkpoint, *sizes).exit_code == 0
+    corpus.write_text("zzz xxx")
+    refused(
+        run("bench", *base, tiny_checkpoint, *sizes),
+        f"{folder}/bench.json was measured with another settings; choose another --output",
+    )
+
+
 def test_a_run_does_not_help_the_next(tiny_checkpoint: Path) -> None:
     """What a text brought into the list is gone when it is measured again."""
     llm = layerskip.load(tiny_checkpoint, dtype="float64", device="cpu")

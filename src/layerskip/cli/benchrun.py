@@ -63,6 +63,7 @@ class Plan:
                 "stop": list(first.stop),
                 "ignore_eos": first.ignore_eos,
                 "ways": [way.name for way in self.ways],
+                "ways_digest": record.digest(way.key for way in self.ways),
                 "peers": list(dict.fromkeys(self.peer_names)),
             },
         }
