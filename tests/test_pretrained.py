@@ -1,6 +1,7 @@
 """The model in the package: it is there, complete, small enough, and what every command uses."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from typer.testing import CliRunner
 import layerskip
 from layerskip.pretrained import DEFAULT, embedded
 
+ROOT = Path(__file__).resolve().parents[1]
 FOLDER = embedded()
 UTTERANCES = [
     "set an alarm for 7 am tomorrow and remind me to call mom",
@@ -50,7 +52,12 @@ def test_it_is_small_enough_to_come_along() -> None:
 
 def test_every_opening_is_one_token_and_the_utterance_is_all_a_user_types(llm: layerskip.LLM) -> None:
     vocabulary = llm.tokenizer.get_vocab()
-    for opening in ("[IN:CREATE_ALARM", "[SL:DATE_TIME", "[IN:GET_WEATHER"):
+    openings = {"[IN:CREATE_ALARM", "[SL:DATE_TIME", "[IN:GET_WEATHER"}
+    tables = ROOT.parent / "shared" / "data" / "topv2"  # all there are, where the data is at hand
+    openings |= {
+        opening for table in tables.glob("*_train.tsv") for opening in re.findall(r"\[\w+:\w+", table.read_text())
+    }
+    for opening in openings:
         [token] = llm.tokenizer(f" {opening}", add_special_tokens=False)["input_ids"]
         assert token in vocabulary.values()
     ids = llm.encode("set an alarm")
@@ -93,11 +100,10 @@ def test_commands_use_it_where_no_model_is_named() -> None:
 def test_the_wheel_would_hold_it() -> None:
     import tomllib
 
-    root = Path(__file__).resolve().parents[1]
-    packages = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"][
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"][
         "packages"
     ]
-    assert any(FOLDER.is_relative_to(root / package) for package in packages)
+    assert any(FOLDER.is_relative_to(ROOT / package) for package in packages)
 
 
 def test_a_recommendation_that_is_none_is_refused_on_use(tiny_checkpoint: Path) -> None:

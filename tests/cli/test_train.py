@@ -137,6 +137,18 @@ def test_lines_with_the_time_left_where_nobody_watches_a_bar(train: Train, tmp_p
     refused(train(), 2, f"{tmp_path / 'out'} holds another run: its eval_share is 0.2, now it is None; choose another")
 
 
+def test_malformed_rows_are_left_out_only_when_asked(train: Train, tmp_path: Path) -> None:
+    train(max_steps=1)  # writes the data
+    with (tmp_path / "pairs.jsonl").open("a") as file:
+        file.write('{"prompt": "twice"}\n')
+    refused(train(output_dir=str(tmp_path / "other")), 2, r"pairs\.jsonl:41: .*--skip-bad")
+    done = train("--skip-bad", output_dir=str(tmp_path / "other"))
+    assert done.exit_code == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert lines[:2] == ["40 examples to learn, 0 to evaluate on", "1 malformed rows left out, such as:"]
+    assert "pairs.jsonl:41: " in lines[2]
+
+
 def test_keys_are_replaced(train: Train, tmp_path: Path) -> None:
     (tmp_path / "other.jsonl").write_text((tmp_path / "pairs.jsonl").read_text())
     output = tmp_path / "2024"

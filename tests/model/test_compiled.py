@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.exc import TritonMissing
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from layerskip import EarlyExit, load
@@ -94,14 +95,21 @@ def test_text_is_that_of_plain_decoding_and_graphs_settle(tiny_checkpoint: Path,
     assert graphs[1] == graphs[2], "something was compiled anew for what had been asked before"
 
 
-def test_a_compiler_that_fails_is_said_and_done_without(tiny_checkpoint: Path) -> None:
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("no C++ compiler"), r"no C\+\+ compiler"),
+        (TritonMissing(None), "Cannot find a working triton installation"),
+    ],
+)
+def test_a_compiler_that_fails_is_said_and_done_without(tiny_checkpoint: Path, error: Exception, reason: str) -> None:
     def broken(graph: Any, inputs: Any) -> Any:
-        raise RuntimeError("no C++ compiler")
+        raise error
 
     llm = load(tiny_checkpoint, dtype="float32", weights="plain")
     expected = llm.generate("the cat", max_tokens=12).tokens
     llm.decoder.compile(backend=broken)
-    with pytest.warns(UserWarning, match="torch could not compile, so nothing is compiled: no C\\+\\+ compiler"):
+    with pytest.warns(UserWarning, match=f"torch could not compile, so nothing is compiled: {reason}"):
         assert llm.generate("the cat", max_tokens=12).tokens == expected
     assert llm.decoder.compiled is not None
     assert llm.decoder.compiled.failed is not None

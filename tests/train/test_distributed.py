@@ -101,13 +101,14 @@ def alone(write: Callable[..., Path]) -> tuple[dict[str, Tensor], dict[str, floa
 
 
 def test_two_processes_learn_what_one_does_with_twice_the_batch(write: Callable[..., Path], alone: Any) -> None:
-    path = write()
+    path = write(acceptance_prompts=2, acceptance_tokens=6)
     done = on_two("-m", "layerskip", "train", str(path))
     assert done.returncode == 0, done.stderr
     after, metrics = alone
     assert_close(weights(path), after)
     record = json.loads((path.parent / "out" / "provenance.json").read_text())
     assert (record["finished"], record["processes"]) == (True, 2)
+    assert record["acceptance"]["prompts"] == 2  # measured by the first, while the other waits
     # evaluated by token over both processes' shares
     for name in ("eval_loss", "eval_exit_loss/1", "eval_exit_accuracy/2", "eval_exit_agreement/3"):
         assert record["metrics"][name] == pytest.approx(metrics[name], rel=1e-6), name
@@ -115,6 +116,17 @@ def test_two_processes_learn_what_one_does_with_twice_the_batch(write: Callable[
     for once in ("examples to learn", " parameters, ", "step 6/6", "saved "):
         assert sum(once in line for line in lines) == 1, once
     assert done.stdout.count("the model is in") == 1
+
+
+@pytest.mark.slow
+def test_the_command_shards_and_leaves_whole_weights(write: Callable[..., Path]) -> None:
+    whole, sharded = write(**ADAM), write(**ADAM, fully_shard=True, acceptance_prompts=2, acceptance_tokens=6)
+    for path in (whole, sharded):
+        done = on_two("-m", "layerskip", "train", str(path))
+        assert done.returncode == 0, done.stderr
+    assert_close(weights(sharded), weights(whole))
+    record = json.loads((sharded.parent / "out" / "provenance.json").read_text())
+    assert (record["finished"], record["acceptance"]["prompts"]) == (True, 2)
 
 
 # What each of two processes does; it leaves what it saw in a file of its own.
@@ -152,7 +164,7 @@ def train(path, stop=None, **overrides):
     return {
         "sharded": all(watch.sharded), "steps": len(watch.sharded), "held": watch.held, "counts": counts,
         "parameters": run.trainer.parameters(), "resumed_at": outcome and outcome.resumed_at,
-        "metrics": outcome and outcome.metrics, "dropped": run.trainer.dropout.p_max,
+        "metrics": outcome and outcome.metrics, "draws_as": run.trainer.dropout.rank,
     }
 
 jobs, seen = json.loads(open(sys.argv[1]).read()), []
@@ -249,6 +261,7 @@ def test_every_process_drops_as_many_rows(watched: dict[str, Any]) -> None:
     for name in ("dropout", "dropout-fsdp"):
         first, second = (rank["counts"] for rank in watched[name]["ranks"])
         assert first == second
+        assert [rank["draws_as"] for rank in watched[name]["ranks"]] == [0, 1]  # as many, not the same
         dropped = [sum(each[layer][1] for each in first) for layer in range(4)]
         assert dropped[0] == 0 < dropped[3]
 

@@ -143,15 +143,20 @@ def test_an_anchor_pulls_the_last_layer_to_the_references(causal: Callable[..., 
     with EarlyExits(model, teachers=Teachers(anchor=2.0), references=references, chunk=5) as exits:
         exits.begin(WEIGHTS)
         loss = model(**inputs).loss
+    loss.backward()
+    found = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    assert all(parameter.grad is None for reference in references for parameter in reference.parameters())
+    model.zero_grad()
     learnt = inputs["labels"][:, 1:] != -100
-    with torch.no_grad():
-        ours, *theirs = (m(input_ids=inputs["input_ids"]).logits[:, :-1][learnt] for m in (model, *references))
+    ours, *theirs = (m(input_ids=inputs["input_ids"]).logits[:, :-1][learnt] for m in (model, *references))
     p = torch.stack([each.float().softmax(-1) for each in theirs]).mean(0).log()
     q = ours.float().log_softmax(-1)
     anchor = 2.0 * (p.exp() * (p - q)).sum(-1).mean()
     expected = by_hand(model, inputs) + WEIGHTS[4] * anchor
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert all(parameter.grad is None for reference in references for parameter in reference.parameters())
+    expected.backward()
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(found[name], weight.grad, rtol=1e-3, atol=1e-6, msg=name)
 
 
 def test_removed_it_leaves_no_trace(causal: Callable[..., Any], family: str) -> None:

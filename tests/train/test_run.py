@@ -1,5 +1,6 @@
 """Runs of a recipe: what is left when they end, when they are killed, when the disk is full and when numbers break."""
 
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -14,20 +15,23 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from typer.testing import CliRunner
 
 import layerskip
 from layerskip.cli import app, main
 from layerskip.cli.progress import TrainingProgress
-from layerskip.errors import NumericalError, RequestError
+from layerskip.errors import NumericalError, RequestError, StorageError
 from layerskip.train import experiment
 from layerskip.train.data import Example, Packed, Padded
 from layerskip.train.estimate import duration
@@ -650,6 +654,52 @@ def test_a_full_disk_leaves_the_last_checkpoint(write: Write, whole: str, name: 
     assert sha256(folder / "model.safetensors") == whole
 
 
+def test_a_full_disk_at_the_very_end_leaves_the_model_whole(
+    finished: Path, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written beside the weights, once they are there, replaces what was there only when it is whole."""
+    path = write(max_steps=2, save_strategy="no")
+    written = Path.write_text
+
+    def full(place: Path, text: str, **how: Any) -> int:
+        if place.name.startswith("config.json"):
+            written(place, text[:40], **how)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return written(place, text, **how)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(StorageError, match=r"could not be written: No space left on device; the model itself is in"):
+        trained(path)
+    assert AutoModelForCausalLM.from_pretrained(out(path)).config.num_hidden_layers == 4
+
+
+def test_what_is_pushed_is_the_finished_folder(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    pushed: list[dict[str, str]] = []
+
+    def upload(self: HfApi, *, folder_path: str, **_: Any) -> None:
+        texts = [place for place in Path(folder_path).iterdir() if place.suffix in (".json", ".md")]
+        pushed.append({place.name: place.read_text() for place in texts})
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **_: SimpleNamespace(repo_id=f"me/{name}"))
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    path = write(max_steps=2, save_strategy="no", push_to_hub=True, eval_share=0.1)
+    trained(path)
+    [found] = pushed
+    assert json.loads(found["config.json"])["layerskip"]["recipe"]["dropout"] == 0.3
+    assert "## Quality at every exit" in found["README.md"]
+    assert json.loads(found["provenance.json"])["finished"]
+    # a hub that cannot be reached loses nothing
+    monkeypatch.setattr(HfApi, "upload_folder", refuse_upload)
+    path = write(max_steps=2, save_strategy="no", push_to_hub=True)
+    with pytest.raises(StorageError, match=r"could not be uploaded to me/.*: no route; the model is complete there"):
+        trained(path)
+    assert json.loads((out(path) / "provenance.json").read_text())["finished"]
+
+
+def refuse_upload(self: HfApi, **_: Any) -> None:
+    raise ConnectionError("no route")
+
+
 # -- what it will take
 
 
@@ -694,6 +744,30 @@ def test_the_estimate_holds_for_what_can_be_counted(finished: Path, write: Write
     [line] = [line for line in held.told_before if " parameters, " in line]
     assert " GFLOP/s) and " in line
     assert run.trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize("anchor", [0.0, 1.0])
+def test_the_estimate_counts_the_products_of_a_step(finished: Path, write: Write, anchor: float) -> None:
+    keys: dict[str, Any] = {"max_steps": 6, "save_strategy": "no", "eval_strategy": "no", "eval_share": None}
+    keys |= {"dropout": 0.0, "dropout_time": None, "curriculum": "all", "rotation": None}
+    keys |= {"anchor": anchor, "reference": [str(finished)] * 2} if anchor else {}
+    run = Run(read_recipe(str(write(**keys))))
+    expected = run.estimate()
+    with FlopCounterMode(display=False) as counter:
+        run.trainer.train()
+    assert counter.get_total_flops() / 6 == pytest.approx(expected.flops, rel=0.2)
+    assert (expected.weights > 4 * expected.parameters) == bool(anchor)
+
+
+@pytest.mark.parametrize(("rows", "accumulation"), [(2, 1), (4, 7), (64, 4)])
+def test_the_estimate_takes_as_many_steps_as_training(write: Write, rows: int, accumulation: int) -> None:
+    keys: dict[str, Any] = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}
+    run = Run(read_recipe(str(write(**keys, max_steps=-1, num_train_epochs=0.6, save_strategy="no"))))
+    estimated = run.estimate()
+    run.trainer.train()
+    each = run.trainer.estimate(done=run.trainer.state.max_steps - 1)  # of one step
+    steps = (estimated.seconds * estimated.flops_per_second) / (each.seconds * each.flops_per_second)
+    assert round(steps) == run.trainer.state.global_step
 
 
 def test_the_estimate_counts_what_is_still_to_do(cut: Path) -> None:

@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM, Trainer, TrainingArguments
 
 from layerskip.errors import NumericalError, RequestError
+from layerskip.train.dropout import LayerDropout
+from layerskip.train.exits import EarlyExits
 from layerskip.train.trainer import LayerSkipConfig, LayerSkipTrainer
 
 RECIPE: dict[str, Any] = {"dropout": 0.3, "curriculum": "rotational", "rotation": 3, "exit_scale": 1.0}
@@ -88,6 +90,55 @@ def test_it_logs_the_loss_of_every_exit_and_the_rates_of_dropout(causal: Callabl
         assert 0 <= metrics[f"eval_exit_agreement/{exit}"] <= 1
     assert metrics["eval_exit_agreement/4"] == 1.0
     assert metrics["eval_loss"] == metrics["eval_exit_loss/4"]
+
+
+def test_curriculum_and_draws_follow_the_steps_of_the_optimizer(
+    causal: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draws: list[tuple[int, int, int]] = []
+    exits: list[list[int]] = []
+
+    def draw(self: LayerDropout, *, step: int, micro_step: int, total_steps: int) -> None:
+        draws.append((step, micro_step, total_steps))
+        begin_dropout(self, step=step, micro_step=micro_step, total_steps=total_steps)
+
+    def learn(self: EarlyExits, weights: dict[int, float]) -> None:
+        exits.append(sorted(weights))
+        begin_exits(self, weights)
+
+    begin_dropout, begin_exits = LayerDropout.begin, EarlyExits.begin
+    monkeypatch.setattr(LayerDropout, "begin", draw)
+    monkeypatch.setattr(EarlyExits, "begin", learn)
+    config = LayerSkipConfig(**settings(tmp_path), **RECIPE)
+    LayerSkipTrainer(causal("llama").float(), config, train_dataset=rows()).train()
+    assert draws == [(step, micro, 6) for step in range(6) for micro in range(2)]
+    # R = 3 of 4 layers: exits 1 and 4 (exit 1 weighs nothing), then 2 and 4, then 3 and 4; two batches a step
+    assert exits == [each for each in [[4], [2, 4], [3, 4]] * 2 for _ in range(2)]
+
+
+@pytest.mark.parametrize("references", [1, 2])
+def test_an_anchor_holds_the_last_layer_near_its_references(
+    causal: Callable[..., Any], tmp_path: Path, references: int
+) -> None:
+    folders = [str(tmp_path / f"reference-{seed}") for seed in range(references)]
+    for seed, folder in enumerate(folders):
+        causal("llama", seed=10 + seed).save_pretrained(folder)
+    theirs = torch.stack([law(AutoModelForCausalLM.from_pretrained(folder)) for folder in folders]).mean(0)
+    far = {}
+    for anchor in (0.0, 20.0):
+        keys = {"anchor": anchor, "reference": folders if references > 1 else folders[0]} if anchor else {}
+        config = LayerSkipConfig(**settings(tmp_path, max_steps=20), curriculum="last", **keys)
+        model = causal("llama").float()
+        LayerSkipTrainer(model, config, train_dataset=rows()).train()
+        far[anchor] = float((theirs * (theirs.log() - law(model).log())).sum(-1).mean())
+    assert far[20.0] < 0.5 * far[0.0]
+
+
+def law(model: Any) -> Tensor:
+    """What the last layer predicts on some rows, (tokens, V)."""
+    ids = torch.stack([row["input_ids"] for row in rows(8)])
+    with torch.no_grad():
+        return model.eval()(input_ids=ids).logits.float().softmax(-1).flatten(0, 1)
 
 
 def test_evaluation_is_by_token_and_what_the_model_says(causal: Callable[..., Any], tmp_path: Path) -> None:

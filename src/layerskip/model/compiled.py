@@ -193,8 +193,8 @@ class Compiled:
             began = time.perf_counter()
             try:
                 found = graph()
-            except torch._dynamo.exc.BackendCompilerFailed as error:  # no compiler, or one that fails
-                self.failed = " ".join(str(error.inner_exception).split())[:200]
+            except torch._dynamo.exc.ShortenTraceback as error:  # no compiler, one that fails, or none for the GPU
+                self.failed = " ".join(str(getattr(error, "inner_exception", error)).split())[:200]
                 warnings.warn(f"torch could not compile, so nothing is compiled: {self.failed}", stacklevel=2)
                 return None
             self._known.add(kind)

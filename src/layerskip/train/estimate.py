@@ -5,6 +5,7 @@ An estimate from formulas and one short measurement of this machine; the progres
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from layerskip.train.parts import parts
+from layerskip.train.parts import Parts, parts
 
 _IN_PRODUCTS = 0.55
 """Share of a step spent in matrix products: measured for 12 layers of width 192 on two CPU cores with autocast."""
@@ -60,7 +61,7 @@ class Estimate:
         flops: of a step, floating point operations.
         flops_per_second: measured in products of this run's shapes.
         seconds: of the whole run.
-        weights: bytes of weights.
+        weights: bytes of weights, those of references among them.
         gradients: bytes of gradients.
         optimizer: bytes of the optimizer's state: two numbers per trained parameter, as Adam has.
         activations: bytes of what is kept for the backward pass, logits among them.
@@ -91,32 +92,41 @@ class Estimate:
         )
 
 
-def estimate(model: nn.Module, work: Work, *, flops_per_second: float | None = None) -> Estimate:
+def estimate(
+    model: nn.Module, work: Work, *, references: Sequence[nn.Module] = (), flops_per_second: float | None = None
+) -> Estimate:
     """Estimates time and memory.
 
     6 operations per weight and token (2 forward, 4 backward; Kaplan et al., 2020), the head's only for learnt tokens
     and once for each exit, two more where its logits are computed again; 12 L T d per token for attention.
+    A reference runs forward only, a third of a model's own pass, and its head once.
     Activations: s b h (34 + 5 a s / h) bytes a layer in 16 bits (Korthikanti et al., 2022, equation 2), or each
     layer's input and one layer with checkpointing.
 
     Args:
         model: with layers and a head that can be found.
         work: what it is to do.
+        references: models of the anchor, which run forward beside it.
         flops_per_second: of this machine; measured where None.
     """
     found = parts(model)
     every = list(model.parameters())
     trained = [weight for weight in every if weight.requires_grad]
-    layer_weights = sum(weight.numel() for layer in found.layers for weight in layer.parameters())
     vocabulary, width = _head_size(found.head)
     tokens = work.rows * work.length
     backward = 1.0 if len(trained) == len(every) else 2 / 3  # frozen weights need no gradient of their own
-    attention = 12 * len(found.layers) * work.length * width
-    in_layers = tokens * (6 * layer_weights * backward + attention) * (1 - work.dropped)
+    weights, attention = _per_token(found, work.length)
+    in_layers = tokens * (6 * weights * backward + 12 * attention) * (1 - work.dropped)
     if work.checkpointing:
         in_layers *= 4 / 3
     in_heads = tokens * work.learnt * work.exits * (8 if work.chunk else 6) * vocabulary * width
-    flops = work.accumulation * (in_layers + in_heads)
+    beside = 0.0
+    for reference in references:
+        its = parts(reference)
+        its_weights, its_attention = _per_token(its, work.length)
+        beside += tokens * (2 * its_weights + 4 * its_attention)
+        beside += tokens * work.learnt * 2 * math.prod(_head_size(its.head))
+    flops = work.accumulation * (in_layers + in_heads + beside)
     speed = flops_per_second or probe(tokens=int(tokens), width=width, like=every[0], bytes_each=work.bytes_per_number)
     heads = _heads(model)
     per_layer = tokens * width * 17 * work.bytes_per_number + 2.5 * heads * tokens * work.length * work.bytes_per_number
@@ -128,7 +138,7 @@ def estimate(model: nn.Module, work: Work, *, flops_per_second: float | None = N
         flops=flops,
         flops_per_second=speed,
         seconds=work.steps * flops / speed / _IN_PRODUCTS,
-        weights=_bytes(every) // work.shards,
+        weights=_bytes(every) // work.shards + sum(_bytes(list(reference.parameters())) for reference in references),
         gradients=_bytes(trained) // work.shards,
         optimizer=2 * _bytes(trained) // work.shards,
         activations=int((kept if work.checkpointing else len(found.layers) * per_layer) + logits),
@@ -177,6 +187,12 @@ def duration(seconds: float) -> str:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _per_token(found: Parts, length: float) -> tuple[int, float]:
+    """Weights that a token passes in the layers, and L T d: their number, the row's length, the width."""
+    weights = sum(weight.numel() for layer in found.layers for weight in layer.parameters())
+    return weights, len(found.layers) * length * _head_size(found.head)[1]
 
 
 def _head_size(head: nn.Module) -> tuple[int, int]:

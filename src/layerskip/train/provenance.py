@@ -6,12 +6,12 @@ Written when a run begins, completed when it ends; lies beside the weights as `p
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from layerskip.errors import RequestError
+from layerskip.train.saving import replace_text
 
 NAME = "provenance.json"
 
@@ -19,9 +19,7 @@ NAME = "provenance.json"
 def write(folder: Path, content: Mapping[str, Any]) -> None:
     """Writes it whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / (NAME + ".unfinished")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, folder / NAME)
+    replace_text(folder / NAME, json.dumps(content, indent=2) + "\n")
 
 
 def load(folder: Path) -> dict[str, Any] | None:

@@ -160,7 +160,7 @@ class Run:
         metrics = self.trainer.evaluate() if self.examples.evaluated else {}
         unwrap(model).config.use_cache = True
         _round_to(model, self.recipe.save_dtype, keep=True)
-        self.trainer.save_model()
+        self.trainer.save_model(_internal_call=True)  # not pushed before all of the folder is written
         resumed_at = self._done() if self.resume_from else None
         measured = self._finish(model, started, metrics, seconds, measure) if self._first else None
         self.trainer.accelerator.wait_for_everyone()
@@ -230,10 +230,12 @@ class Run:
                 description=self.recipe.description,
             )
             for folder in {self.folder, readable}:
-                (folder / "README.md").write_text(text, encoding="utf-8")
+                saving.replace_text(folder / "README.md", text)
                 _note_in_config(folder, self._settings(metrics, measured))
             provenance.write(self.folder, whole)
         self._tell(f"saved {readable} after {duration(seconds)}")
+        if self.args.push_to_hub:
+            self.trainer.push_folder()
         return measured
 
     def _plain_folder(self, model: nn.Module) -> Path:
@@ -392,4 +394,4 @@ def _note_in_config(folder: Path, settings: Mapping[str, Any]) -> None:
     if not path.is_file():  # an adapter's folder
         return
     config = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(config | {"layerskip": settings}, indent=2) + "\n", encoding="utf-8")
+    saving.replace_text(path, json.dumps(config | {"layerskip": settings}, indent=2) + "\n")

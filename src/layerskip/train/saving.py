@@ -11,15 +11,20 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from layerskip.errors import StorageError
+
+# a dropped connection is the transport's error, a base of the hub's that is named differently by its versions
+_REFUSED = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
 
 UNFINISHED = ".unfinished"
 """The folder in an output folder where what is being saved lies until it is complete."""
@@ -90,6 +95,13 @@ def finish(unfinished: Path, *, name: str | None) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    unfinished = path.with_name(path.name + UNFINISHED)
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
 class CompleteSaves(Trainer):
     """A `Trainer` whose checkpoints, and whose finished folder, are complete or not there."""
 
@@ -140,7 +152,7 @@ class CompleteSaves(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the model as an ordinary folder; what is there already is replaced when all of it is written."""
-        if _internal_call or self._unfinished:
+        if self._unfinished:
             super().save_model(output_dir, _internal_call=_internal_call)
             return
         output = Path(str(output_dir or self.args.output_dir))
@@ -153,8 +165,32 @@ class CompleteSaves(Trainer):
             if self.args.should_save:
                 finish(output / UNFINISHED, name=None)
         self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
+        if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def push_folder(self) -> None:
+        """Uploads the output folder as it is, without checkpoints. (`push_to_hub` saves the model and a card of its
+        own, over what was written beside the weights.) On one rank only.
+
+        Raises:
+            StorageError: it could not be uploaded; the folder is as it was.
+        """
+        self._finish_current_push()
+        folder = str(self.args.output_dir)
+        try:
+            HfApi().upload_folder(
+                repo_id=str(self.hub_model_id),
+                folder_path=folder,
+                commit_message="End of training",
+                token=self.args.hub_token,
+                ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"],
+                revision=self.args.hub_revision,
+            )
+        except _REFUSED as error:
+            raise StorageError(
+                f"{folder} could not be uploaded to {self.hub_model_id}: {' '.join(str(error).split())}; the model is "
+                f"complete there: hf upload {self.hub_model_id} {folder}"
+            ) from error
 
     def check_before_saving(self) -> None:
         """Raises where the model is not worth a checkpoint. For trainers that can tell."""

@@ -87,8 +87,9 @@ class LayerSkipConfig(TrainingArguments):
 class LayerSkipTrainer(CompleteSaves, ShardedTrainer):
     """A `Trainer` that trains with the recipe. Its arguments are `Trainer`'s; `args` is a `LayerSkipConfig`.
 
-    With dropout 0 and curriculum "last" it is plain `Trainer`, bit for bit. Logs `exit_loss/E`, `dropout_rate/L` and
-    `tokens_per_second` in training, and in evaluation loss, accuracy and agreement with the last layer at every exit.
+    With dropout 0, curriculum "last" and loss_chunk 0 it is plain `Trainer`, bit for bit. Logs `exit_loss/E`,
+    `dropout_rate/L` and `tokens_per_second` (of this process, fill included, since the last log) in training, and in
+    evaluation loss, accuracy and agreement with the last layer at every exit.
 
     Args:
         references: the anchor's reference models; the checkpoints that `args.reference` names where there are none.
@@ -293,6 +294,7 @@ class LayerSkipTrainer(CompleteSaves, ShardedTrainer):
             for step in steps
         ]
         assert isinstance(self.model, nn.Module)
+        sharded = self.args.fully_shard or self.is_fsdp_enabled or self.is_deepspeed_enabled
         return estimate(
             self.model,
             Work(
@@ -308,8 +310,9 @@ class LayerSkipTrainer(CompleteSaves, ShardedTrainer):
                 if self.args.bf16 or self.args.fp16
                 else next(self.model.parameters()).element_size(),
                 checkpointing=bool(self.args.activation_checkpointing),
-                shards=self.args.world_size if self.args.fully_shard else 1,
+                shards=self.args.world_size if sharded else 1,
             ),
+            references=self.exits.references,
         )
 
     def parameters(self) -> int:
@@ -321,7 +324,7 @@ class LayerSkipTrainer(CompleteSaves, ShardedTrainer):
             return self.args.max_steps
         if not batches:
             raise RequestError("the data has no known end; give max_steps")
-        return math.ceil(max(batches // self.args.gradient_accumulation_steps, 1) * self.args.num_train_epochs)
+        return math.ceil(math.ceil(batches / self.args.gradient_accumulation_steps) * self.args.num_train_epochs)
 
     # -- order
 
