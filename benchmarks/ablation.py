@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -129,17 +130,19 @@ def speculation(llm: LLM, items: Sequence[Item]) -> dict[str, Any]:
     return chosen.record()
 
 
-MOST = "nine rows of ten left out"
-SPEED = {
-    "nothing": {"dropout": 0.0, "curriculum": "last"},
-    "dropout 0.2": {"dropout": 0.2, "curriculum": "last"},
-    "dropout 0.5": {"dropout": 0.5, "curriculum": "last"},
-    "exit loss": {"dropout": 0.0},
+NOTHING, HALF = "nothing", "nothing, half of the layers"
+SPEED: dict[str, dict[str, Any]] = {
+    NOTHING: {"dropout": 0.0, "curriculum": "last"},
+    "dropout only, 0.2": {"dropout": 0.2, "curriculum": "last"},
+    "dropout only, 0.5": {"dropout": 0.5, "curriculum": "last"},
+    "exit loss only": {"dropout": 0.0},
     "both, dropout 0.2": {"dropout": 0.2},
     "both + self-distillation": {"dropout": 0.2, "distillation": 0.5},
-    MOST: {"dropout": 0.9, "dropout_depth": "uniform", "curriculum": "last"},
+    "both + anchor": {"dropout": 0.2, "anchor": 1.0},
+    HALF: {"dropout": 0.0, "curriculum": "last"},
 }
-"""Arms whose speed is measured, on the shipped model's shape; rates at their full height."""
+"""Arms whose speed is measured, on the shipped model's shape; rates at their full height. The last says what share of a
+step the layers are, with nothing of dropout in it."""
 
 
 def speed(asked: argparse.Namespace, batches: int = 24) -> dict[str, Any]:
@@ -150,40 +153,42 @@ def speed(asked: argparse.Namespace, batches: int = 24) -> dict[str, Any]:
     because another job on the machine would be in the time of a clock.
     """
     torch.set_num_threads(1)
-    shape = read_recipe("topv2-parser").architecture
-    trainers = {name: _trainer(name, shape, asked, batches) for name in SPEED}
+    trainers = {name: _trainer(name, asked, batches) for name in SPEED}
     seconds: dict[str, list[float]] = {name: [] for name in SPEED}
-    names = list(SPEED)
+    names, tokens = list(SPEED), []
     with ExitStack() as installed:
         for trainer in trainers.values():
             installed.enter_context(trainer.exits)
             installed.enter_context(trainer.dropout)
             trainer.create_optimizer()
             trainer.model.train()
-        for number, batch in enumerate(islice(trainers["nothing"].get_train_dataloader(), batches)):
+        for number, batch in enumerate(islice(trainers[NOTHING].get_train_dataloader(), batches)):
             turn = number % len(names)
+            tokens.append(int(batch["attention_mask"].sum()))
             for name in names[turn:] + names[:turn]:
                 _step(trainers[name], batch, number)
                 seconds[name].append(_step(trainers[name], batch, number))
-    plain = seconds["nothing"]
-    return {
-        name: {
-            "seconds": statistics.median(found),
-            "of_nothing": statistics.median([a / b for a, b in zip(found, plain, strict=True)]),
-            "all": found,
-            "skipped": _mean_rate(SPEED[name], shape),
-        }
+    arms = {
+        name: {"seconds": found, "skipped": _mean_rate(SPEED[name], trainers[name].layers)}
         for name, found in seconds.items()
     }
+    allocator = {name: value for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")}
+    return {"versions": versions(), "machine": machine(), "allocator": allocator, "tokens": tokens, "arms": arms}
 
 
-def _trainer(name: str, shape: dict[str, Any] | None, asked: argparse.Namespace, steps: int) -> LayerSkipTrainer:
+def _trainer(name: str, asked: argparse.Namespace, steps: int) -> LayerSkipTrainer:
+    shape = dict(read_recipe("topv2-parser").architecture or {})
+    if name == HALF:
+        shape["num_hidden_layers"] //= 2
     keys = {"dropout_time": "constant", "dropout_depth": "exponential"} if SPEED[name]["dropout"] else {}
-    keys |= SPEED[name]
     folder = asked.output / "speed" / name.replace(" ", "-")
-    whole = {**keys, "architecture": shape, "data_folder": asked.data_folder, "output_dir": str(folder),
-             "seed": 1, "max_steps": steps, "eval_rows": 1}  # fmt: skip
-    trainer = Run(read_recipe("topv2-ablation", overrides=whole)).trainer
+    keys |= SPEED[name] | {"architecture": shape, "data_folder": asked.data_folder, "output_dir": str(folder)}
+    if "anchor" in keys:  # what it learns from is of its own size
+        keys["reference"] = str(asked.output / "speed" / "reference")
+        _trainer(NOTHING, asked, steps).save_model(keys["reference"])
+    trainer = Run(
+        read_recipe("topv2-ablation", overrides=keys | {"seed": 1, "max_steps": steps, "eval_rows": 1})
+    ).trainer
     trainer.state.max_steps, trainer.current_gradient_accumulation_steps = steps, 1
     return trainer
 
@@ -198,9 +203,7 @@ def _step(trainer: LayerSkipTrainer, batch: dict[str, Any], number: int) -> floa
     return time.process_time() - begin
 
 
-def _mean_rate(keys: dict[str, Any], shape: dict[str, Any] | None) -> float:
-    assert shape is not None
-    layers = shape["num_hidden_layers"]
+def _mean_rate(keys: dict[str, Any], layers: int) -> float:
     return sum(rates(layers, p_max=keys["dropout"], depth=keys.get("dropout_depth", "exponential"))) / layers
 
 
@@ -268,29 +271,77 @@ def text(whole: dict[str, Any]) -> str:
         for arm, found in arms(runs):
             cells = [_cell([value(run, exit) for run in found]) for exit in range(1, layers + 1)]
             lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    lines += _verdicts(runs)
     return "\n".join(lines + (_speed_lines(whole["speed"]) if "speed" in whole else [])) + "\n"
 
 
-def _speed_lines(speeds: dict[str, Any]) -> list[str]:
-    layers = (1 - speeds[MOST]["of_nothing"]) / speeds[MOST]["skipped"]
+def _verdicts(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """Where each arm's exits and last layer stand beside no recipe at all, by more than a standard error or not."""
+    layers = len(runs[0]["exact_match"]) - 1
+    plain = {run["seed"]: run for run in runs if run["arm"] == "nothing"}
+    middle = [str(exit) for exit in range(2, layers)]
+    if not plain:
+        return []
+
+    def gain(run: dict[str, Any], exits: Sequence[str]) -> float:
+        other = plain[run["seed"]]
+        return statistics.fmean(run["exact_match"][exit] - other["exact_match"][exit] for exit in exits)
+
+    lines = [
+        "",
+        "## What that says",
+        "",
+        f"Exact match less that of no recipe with the same seed: the mean over exits 2 to {layers - 1}, and the last "
+        'layer on all rows ("lower" or "higher" where it is so by more than its standard error).',
+        "",
+        f"| arm | exits 2 to {layers - 1} | last layer | which is |",
+        "|---|---:|---:|---|",
+    ]
+    for arm, found in arms(runs):
+        found = [run for run in found if run["seed"] in plain]
+        if arm == "nothing" or not found:
+            continue
+        last = [gain(run, ["all"]) for run in found]
+        mean, error = means(last)
+        beyond = not math.isnan(error) and abs(mean) > error
+        word = ("higher" if mean > 0 else "lower") if beyond else "equal"
+        cells = [_cell([gain(run, middle) for run in found], percent=True), f"{mean:+.2%} ± {error:.2%}", word]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return lines
+
+
+def _speed_lines(whole: dict[str, Any]) -> list[str]:
+    plain, arms = whole["arms"][NOTHING]["seconds"], whole["arms"]
+    ratios = {name: [a / b for a, b in zip(arm["seconds"], plain, strict=True)] for name, arm in arms.items()}
+    layers = 2 * (1 - statistics.median(ratios[HALF]))
+    settings = ", ".join(f"{name}={value}" for name, value in whole["allocator"].items())
     lines = [
         "",
         "## Speed of training",
         "",
-        "Processor time of a step, 12 layers of width 192 (the shipped model's shape), 64 rows, one thread; rates at "
-        "their full height. The arms take turns at each of "
-        f"{len(speeds['nothing']['all'])} batches; medians, and the median of the ratios to "
-        '"nothing" on the same batch. Skipped is the share of the layers\' rows that dropout leaves out; '
-        f"the layers are {layers:.0%} of a step (by the last arm), so skipped times that is what could be saved.",
+        f"Processor time of a step, 12 layers of width 192, 64 rows, one thread of an {whole['machine']['processor']}; "
+        f"rates at their full height. The arms take turns at each of {len(plain)} batches; tokens of all batches by "
+        'their time, medians of the times, and the median of the ratios to "nothing" on the same batch with its '
+        "quartiles. Skipped is the share of the layers' rows that dropout leaves out; half as many layers take "
+        f"{1 - layers / 2:.1%} of a step, so the layers are {layers:.0%} of it, and skipped times that is what could "
+        "be saved (80% of it is wanted)." + (f" Allocator: {settings}." if settings else ""),
         "",
-        "| arm | ms a step | of nothing | saved | could be saved | saved of that | skipped |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| arm | tokens/s | ms a step | of nothing | saved | could be saved | saved of that | skipped |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for arm, found in speeds.items():
-        saved, could = 1 - found["of_nothing"], found["skipped"] * layers
-        share = f"{saved / could:.0%}" if arm.startswith("dropout") else ""
-        cells = [f"{1000 * found['seconds']:.0f}", f"{found['of_nothing']:.3f}", f"{saved:.1%}", f"{could:.1%}", share]
-        lines.append(f"| {arm} | {' | '.join(cells)} | {found['skipped']:.1%} |")
+    for name, arm in arms.items():
+        low, middle, high = statistics.quantiles(ratios[name], n=4)
+        could, saved = arm["skipped"] * layers, 1 - middle
+        cells = [
+            f"{sum(whole['tokens']) / sum(arm['seconds']):,.0f}",
+            f"{1000 * statistics.median(arm['seconds']):.0f}",
+            f"{middle:.3f} ({low:.3f} to {high:.3f})",
+            f"{saved:.1%}",
+            f"{could:.1%}",
+            f"{saved / could:.0%}" if name.startswith("dropout") else "",
+            f"{arm['skipped']:.1%}",
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.texts import check_text, described, prompts
 from benchmarks.vocabulary import BOS, EOS, save_tokenizer
-from benchmarks.weights import SIZES, random_weights, turned_down
+from benchmarks.weights import SIZES, by_rank, random_weights, turned_down
 from layerskip import environment
 from layerskip.decode.acceptance import Acceptance
 from layerskip.decode.drafters import EarlyExit
@@ -212,6 +212,15 @@ def _save(folder: Path, weights: Mapping[str, Tensor], made: Mapping[str, Any], 
         (RECORD, made),
     ):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def ranking(folder: Path) -> tuple[int, ...]:
+    """The tokens of a checkpoint that was made here, the most frequent first; () for any other folder."""
+    made = folder / RECORD
+    if not made.is_file():
+        return ()
+    wanted = json.loads(made.read_text(encoding="utf-8"))["wanted"]
+    return tuple(by_rank(SIZES[wanted["size"]], seed=wanted["seed"]).tolist())
 
 
 def main() -> None:

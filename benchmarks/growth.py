@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from dataclasses import dataclass
 
 import psutil
 import torch
@@ -23,11 +24,24 @@ from layerskip.llm import LLM
 EVERY = 25
 
 
-def serve(llm: LLM, *, draft: Drafter | None, requests: int, seed: int = 0) -> list[int]:
-    """Bytes that are resident before the first request and after every twenty-fifth."""
+@dataclass(frozen=True)
+class Held:
+    """What there is after some requests: bytes that are resident, and graphs that torch compiled in this process."""
+
+    bytes: int
+    graphs: int
+
+    @classmethod
+    def now(cls) -> Held:
+        """At this moment."""
+        return cls(int(psutil.Process().memory_info().rss), int(counters["stats"].get("unique_graphs", 0)))
+
+
+def serve(llm: LLM, *, draft: Drafter | None, requests: int, seed: int = 0) -> list[Held]:
+    """What there is before the first request and after every twenty-fifth."""
     numbers, vocabulary = random.Random(seed), llm.decoder.shape.vocab
     longest = min(96, llm.decoder.shape.context // 2)
-    found = [resident()]
+    found = [Held.now()]
     for count in range(1, requests + 1):
         prompts = [
             [numbers.randrange(vocabulary) for _ in range(numbers.randint(1, longest))]
@@ -35,7 +49,7 @@ def serve(llm: LLM, *, draft: Drafter | None, requests: int, seed: int = 0) -> l
         ]
         llm.generate(prompts, draft=draft, max_tokens=numbers.randint(1, longest), ignore_eos=True)
         if count % EVERY == 0:
-            found.append(resident())
+            found.append(Held.now())
     return found
 
 
@@ -45,27 +59,18 @@ def main() -> None:
     parser.add_argument("--model", help="a checkpoint; the parser of the package where left out")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--weights", default="auto")
+    parser.add_argument("--compile", action="store_true", help="plain weights as graphs of torch.compile")
     parser.add_argument("--draft", choices=["auto", "early-exit", "none"], default="auto")
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--threads", type=int, default=2)
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
-    llm = load(asked.model, dtype=asked.dtype, weights=asked.weights, max_batch=4)
+    llm = load(asked.model, dtype=asked.dtype, weights=asked.weights, max_batch=4, compile=asked.compile)
     exit = llm.recommended.exit if llm.recommended is not None else max(1, llm.decoder.shape.layers // 4)
     drafters: dict[str, Drafter | None] = {"auto": Auto(exit=exit), "early-exit": EarlyExit(exit), "none": None}
     found = serve(llm, draft=drafters[asked.draft], requests=asked.requests)
-    for count, size in zip(range(0, asked.requests + 1, EVERY), found, strict=False):
-        print(f"after {count:3} requests: {size / 2**20:8.1f} MiB resident, {compiled()} graphs compiled")
-
-
-def resident() -> int:
-    """Bytes of this process in memory."""
-    return int(psutil.Process().memory_info().rss)
-
-
-def compiled() -> int:
-    """Graphs that torch has compiled in this process."""
-    return int(counters["stats"].get("unique_graphs", 0))
+    for count, held in zip(range(0, asked.requests + 1, EVERY), found, strict=False):
+        print(f"after {count:3} requests: {held.bytes / 2**20:8.1f} MiB resident, {held.graphs} graphs compiled")
 
 
 if __name__ == "__main__":

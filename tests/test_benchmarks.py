@@ -1,6 +1,7 @@
 """Checkpoints of a chosen agreement, and the harness that measures engines beside each other."""
 
 import json
+import statistics
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
@@ -363,16 +364,23 @@ def test_the_watch_leaves_nothing_behind() -> None:
 
 
 def test_nothing_grows_with_requests(made: Path) -> None:
-    llm, before = load(made, dtype="float32", max_batch=4), growth.compiled()
-    found = growth.serve(llm, draft=EarlyExit(TINY.exit), requests=75)
-    assert found[-1] - found[1] < 2**22
-    assert growth.compiled() == before
+    found = growth.serve(load(made, dtype="float32", max_batch=4), draft=EarlyExit(TINY.exit), requests=75)
+    assert found[-1].bytes - found[1].bytes < 2**22
+    assert found[-1].graphs == found[0].graphs
 
 
 def test_the_table_of_the_ablation_is_of_what_was_run() -> None:
-    whole = json.loads((Path(__file__).parents[1] / "docs" / "results" / "topv2-ablation.json").read_text())
+    folder = Path(__file__).parents[1] / "docs" / "results"
+    whole = json.loads((folder / "topv2-ablation.json").read_text())
     page = ablation.text(whole)
+    assert page == (folder / "topv2-ablation.md").read_text()
     assert "| both | 54.4% ± 3.3% | -0.9% ± 0.9% |" in page
+    lasts = {(run["arm"], run["seed"]): run["exact_match"]["all"] for run in whole["runs"]}
+    lost = statistics.fmean(lasts["nothing", seed] - lasts["both + anchor", seed] for seed in (1, 2, 3))
+    says = page.split("## What that says")[1].split("## Speed")[0]
+    [verdict] = [line for line in says.splitlines() if line.startswith("| both + anchor")]
+    assert f"| {-lost:+.2%} ± " in verdict
+    assert verdict.endswith("| equal |")
     some = [run for run in whole["runs"] if run["arm"] == "both" or (run["seed"] == 1 and run["arm"] == "dropout only")]
     page = ablation.text({**whole, "runs": some})
     assert "| both | 54.4% ± 3.3% |  |" in page  # nothing to compare with

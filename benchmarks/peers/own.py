@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.agreement import ranking
 from benchmarks.peers.peer import FLOATS, QUANTISED, Draft, PeerRun, missing
 from layerskip.decode.draft import Drafter
 from layerskip.decode.drafters import Auto, EarlyExit
@@ -25,6 +26,7 @@ class Own:
     def __init__(self) -> None:
         self._llm: LLM | None = None
         self._drafters: dict[Draft, Drafter] = {}
+        self._ranked: Sequence[int] = ()
 
     def available(self) -> str | None:
         """It is here."""
@@ -37,19 +39,21 @@ class Own:
     def load(self, folder: Path, *, dtype: str, threads: int, work: Path) -> None:
         """Loads the folder."""
         torch.set_num_threads(threads)
+        self._ranked = ranking(folder)
         if dtype == QUANTISED:
             self._llm = load(folder, dtype="bfloat16", weights=QUANTISED, device="cpu", max_batch=1)
         else:
             self._llm = load(folder, dtype=dtype, device="cpu", max_batch=1)
 
     def drafts(self, *, exit: int, tokens: Sequence[int]) -> list[Draft]:
-        """Every number of tokens, through the own head; where a shortlist leaves most out, through that one as well,
-        and through a head of 8 bits."""
+        """Every number of tokens, through the own head; where a shortlist leaves most out, through that one, a longer
+        one and a head of 8 bits as well."""
         assert self._llm is not None
         decoder = self._llm.decoder
         found = [Draft(exit, count) for count in tokens]
         if 4 * fitting(decoder.shape) <= decoder.shape.vocab:
-            found += [Draft(exit, count, vocabulary=fitting(decoder.shape)) for count in tokens]
+            sizes = (fitting(decoder.shape), decoder.shape.vocab // 4)
+            found += [Draft(exit, count, vocabulary=size) for size in sizes for count in tokens]
             found += [Draft(exit, count, head="int8") for count in tokens if decoder.layout == "native"]
         return found
 
@@ -57,7 +61,7 @@ class Own:
         """Continues a prompt."""
         assert self._llm is not None
         if draft is not None and draft not in self._drafters:
-            self._drafters[draft] = _drafter(draft)
+            self._drafters[draft] = _drafter(draft, self._ranked)
         drafter = None if draft is None else self._drafters[draft]
         llm = fresh(self._llm)
         began = time.perf_counter()
@@ -75,13 +79,15 @@ class Own:
         )
 
 
-def _drafter(draft: Draft) -> Drafter:
+def _drafter(draft: Draft, by_frequency: Sequence[int]) -> Drafter:
+    ranked = by_frequency if draft.vocabulary else ()
     if draft.auto:
-        return Auto(exit=draft.exit, vocabulary=draft.vocabulary, head=draft.head)
+        return Auto(exit=draft.exit, vocabulary=draft.vocabulary, ranked=ranked, head=draft.head)
     return EarlyExit(
         draft.exit,
         tokens=draft.tokens,
         confidence=draft.confidence,
         vocabulary=draft.vocabulary,
+        ranked=ranked,
         head=draft.head,
     )
