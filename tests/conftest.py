@@ -24,6 +24,14 @@ settings.load_profile("layerskip")
 ROOT = Path(__file__).resolve().parents[1]
 
 
+LONG = {"test_run.py", "test_docs.py", "test_distributed.py", "test_laws.py", "test_output_law.py", "test_compiled.py"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first: a worker takes a file whole, and would be left with one at the end."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 def pytest_collection_finish() -> None:
     """What was imported stays: looking through it for garbage again and again took a fifteenth of the time."""
     gc.collect()
