@@ -278,7 +278,7 @@ def text(whole: dict[str, Any]) -> str:
 def _verdicts(runs: Sequence[dict[str, Any]]) -> list[str]:
     """Where each arm's exits and last layer stand beside no recipe at all, by more than a standard error or not."""
     layers = len(runs[0]["exact_match"]) - 1
-    plain = {run["seed"]: run for run in runs if run["arm"] == "nothing"}
+    plain = {run["seed"]: run for run in runs if run["arm"] == NOTHING}
     middle = [str(exit) for exit in range(2, layers)]
     if not plain:
         return []
@@ -299,13 +299,15 @@ def _verdicts(runs: Sequence[dict[str, Any]]) -> list[str]:
     ]
     for arm, found in arms(runs):
         found = [run for run in found if run["seed"] in plain]
-        if arm == "nothing" or not found:
+        if arm == NOTHING or not found:
             continue
-        last = [gain(run, ["all"]) for run in found]
-        mean, error = means(last)
-        beyond = not math.isnan(error) and abs(mean) > error
-        word = ("higher" if mean > 0 else "lower") if beyond else "equal"
-        cells = [_cell([gain(run, middle) for run in found], percent=True), f"{mean:+.2%} ± {error:.2%}", word]
+        mean, error = means([gain(run, ["all"]) for run in found])
+        if math.isnan(error):  # a single seed says nothing about another
+            last, word = f"{mean:+.2%}", ""
+        else:
+            last = f"{mean:+.2%} ± {error:.2%}"
+            word = "equal" if abs(mean) <= error else "higher" if mean > 0 else "lower"
+        cells = [_cell([gain(run, middle) for run in found], percent=True), last, word]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return lines
 

@@ -1,6 +1,7 @@
 """Two hundred requests of mixed lengths to one model: what is resident, and how often something was compiled.
 
     python -m benchmarks.growth --model FOLDER --draft auto
+    python -m benchmarks.growth --compile --dtype float32 --draft early-exit    # compiles for many minutes
 
 Prompts and answers of 1 to 96 tokens, one to four side by side, drawn anew with a seed; resident memory after every
 twenty-fifth request, the kernels that were built and the graphs that torch compiled. The cache of the model keeps the

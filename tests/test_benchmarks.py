@@ -1,6 +1,7 @@
 """Checkpoints of a chosen agreement, and the harness that measures engines beside each other."""
 
 import json
+import re
 import statistics
 import sys
 from dataclasses import replace
@@ -387,3 +388,6 @@ def test_the_table_of_the_ablation_is_of_what_was_run() -> None:
     [one] = [line for line in page.splitlines() if line.startswith("| dropout only | ")][:1]
     assert "±" not in one  # the scatter of a single run is not known
     assert "| nothing |" not in page.split("## Speed")[0]
+    page = ablation.text({**whole, "runs": [run for run in whole["runs"] if run["seed"] == 1]})
+    assert "nan" not in page
+    assert not re.search(r"\| (equal|lower|higher) \|", page)  # one seed says nothing about another

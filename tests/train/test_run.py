@@ -654,9 +654,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(write: Write, whole: str, name: 
     assert sha256(folder / "model.safetensors") == whole
 
 
-def test_a_full_disk_at_the_very_end_leaves_the_model_whole(
-    finished: Path, write: Write, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_at_the_very_end_leaves_the_model_whole(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is written beside the weights, once they are there, replaces what was there only when it is whole."""
     path = write(max_steps=2, save_strategy="no")
     written = Path.write_text
