@@ -49,6 +49,7 @@ test-slow: $(STAMP) ## run every test, the slow ones too
 bench: $(STAMP) ## measure beside other engines (hours, on a quiet machine); BENCH="15m 110m" chooses the models
 	$(BENCH_PYTHON) -m benchmarks.side_by_side $(BENCH)
 	$(BENCH_PYTHON) -m benchmarks.rounds $(BENCH)
+	$(BENCH_PYTHON) -m benchmarks.memory $(BENCH)
 	$(BENCH_PYTHON) -m benchmarks.growth
 
 check: $(STAMP) ## formatting, lint, types, import rules; changes nothing

@@ -1,6 +1,6 @@
 """What each part of the recipe does: six arms, several seeds, the same steps and tokens.
 
-    python benchmarks/ablation.py --data-folder FOLDER_WITH_topv2 --output runs/ablation
+    python -m benchmarks.ablation --data-folder FOLDER_WITH_topv2 --output runs/ablation
 
 Trains `topv2-ablation` with and without layer dropout, early-exit loss, self-distillation and an anchor, evaluates
 every model on rows held out of the train split, and writes `results.json` into the output folder; `--report FOLDER`
@@ -13,36 +13,31 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import statistics
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from benchmarks import training_speed
 from layerskip.environment import machine, versions
 from layerskip.errors import RequestError
 from layerskip.evaluate.acceptance import best, measure
 from layerskip.evaluate.quality import ALL, evaluate
 from layerskip.evaluate.tasks import Item, Task, score_frame
 from layerskip.llm import LLM, load
-from layerskip.train.rates import rates
 from layerskip.train.recipe import read_recipe
 from layerskip.train.run import Run
-from layerskip.train.trainer import LayerSkipTrainer
 
+NOTHING = training_speed.NOTHING
 ARMS: dict[str, dict[str, Any]] = {
-    "nothing": {"dropout": 0.0, "curriculum": "last"},
+    NOTHING: {"dropout": 0.0, "curriculum": "last"},
     "dropout only": {"curriculum": "last"},
     "exit loss only": {"dropout": 0.0},
     "both": {},
     "both + self-distillation": {"distillation": 0.5},
     "both + anchor": {"anchor": 1.0},
 }
+NAME = "topv2-ablation"  # the recipe, and the files of the report
 EXIT_ITEMS, DRAFT_ITEMS = 300, 150  # of the held-out rows, for figures by exit; the last layer is scored on all
 
 
@@ -55,8 +50,16 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--steps", type=int, default=None, help="instead of the recipe's")
     parser.add_argument("--only-train", action="store_true", help="leave speed and results to another call")
+    parser.add_argument("--only-speed", action="store_true", help="measure training's speed anew for a report's table")
     parser.add_argument("--report", type=Path, help="folder for the table and the figure")
     asked = parser.parse_args()
+    if asked.only_speed:
+        if not asked.report:
+            parser.error("--only-speed measures anew for a report; say which folder it is in with --report")
+        whole = json.loads((asked.report / f"{NAME}.json").read_text())
+        whole["speed"] = training_speed.measure(asked.data_folder, asked.output / "speed")
+        report(whole, asked.report)
+        return
     for seed in asked.seeds:
         for arm in asked.arms:
             one(arm, seed, asked)
@@ -64,12 +67,12 @@ def main() -> None:
         return
     speeds = asked.output / "speed.json"
     if not speeds.exists():
-        speeds.write_text(json.dumps(speed(asked), indent=2))
+        speeds.write_text(json.dumps(training_speed.measure(asked.data_folder, asked.output / "speed"), indent=2))
     runs = [json.loads(path.read_text()) for path in sorted(asked.output.glob("*/result.json"))]
     whole = {"versions": versions(), "machine": machine(), "runs": runs, "speed": json.loads(speeds.read_text())}
     (asked.output / "results.json").write_text(json.dumps(whole, indent=1))
     if asked.report:
-        report(asked.output, asked.report)
+        report(whole, asked.report)
 
 
 def one(arm: str, seed: int, asked: argparse.Namespace) -> None:
@@ -110,7 +113,7 @@ def build(arm: str, seed: int, asked: argparse.Namespace, folder: Path, **more: 
         keys["max_steps"] = asked.steps
     if (folder / "model.safetensors").exists():
         keys["output_dir"] = str(folder / "again")  # only its data is wanted
-    return Run(read_recipe("topv2-ablation", overrides=keys))
+    return Run(read_recipe(NAME, overrides=keys))
 
 
 def exact_match(llm: LLM, task: Task) -> dict[str, float]:
@@ -130,95 +133,17 @@ def speculation(llm: LLM, items: Sequence[Item]) -> dict[str, Any]:
     return chosen.record()
 
 
-NOTHING, HALF = "nothing", "nothing, half of the layers"
-SPEED: dict[str, dict[str, Any]] = {
-    NOTHING: {"dropout": 0.0, "curriculum": "last"},
-    "dropout only, 0.2": {"dropout": 0.2, "curriculum": "last"},
-    "dropout only, 0.5": {"dropout": 0.5, "curriculum": "last"},
-    "exit loss only": {"dropout": 0.0},
-    "both, dropout 0.2": {"dropout": 0.2},
-    "both + self-distillation": {"dropout": 0.2, "distillation": 0.5},
-    "both + anchor": {"dropout": 0.2, "anchor": 1.0},
-    HALF: {"dropout": 0.0, "curriculum": "last"},
-}
-"""Arms whose speed is measured, on the shipped model's shape; rates at their full height. The last says what share of a
-step the layers are, with nothing of dropout in it."""
-
-
-def speed(asked: argparse.Namespace, batches: int = 24) -> dict[str, Any]:
-    """Seconds of processor time of a step, and its ratio to a step of "nothing" on the same batch.
-
-    The arms take turns at every batch, so that whatever slows the machine slows all of them. Each step is run twice and
-    the second one counts: the first to meet a shape pays for preparing its kernels. Processor time of one thread,
-    because another job on the machine would be in the time of a clock.
-    """
-    torch.set_num_threads(1)
-    trainers = {name: _trainer(name, asked, batches) for name in SPEED}
-    seconds: dict[str, list[float]] = {name: [] for name in SPEED}
-    names, tokens = list(SPEED), []
-    with ExitStack() as installed:
-        for trainer in trainers.values():
-            installed.enter_context(trainer.exits)
-            installed.enter_context(trainer.dropout)
-            trainer.create_optimizer()
-            trainer.model.train()
-        for number, batch in enumerate(islice(trainers[NOTHING].get_train_dataloader(), batches)):
-            turn = number % len(names)
-            tokens.append(int(batch["attention_mask"].sum()))
-            for name in names[turn:] + names[:turn]:
-                _step(trainers[name], batch, number)
-                seconds[name].append(_step(trainers[name], batch, number))
-    arms = {
-        name: {"seconds": found, "skipped": _mean_rate(SPEED[name], trainers[name].layers)}
-        for name, found in seconds.items()
-    }
-    allocator = {name: value for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")}
-    return {"versions": versions(), "machine": machine(), "allocator": allocator, "tokens": tokens, "arms": arms}
-
-
-def _trainer(name: str, asked: argparse.Namespace, steps: int) -> LayerSkipTrainer:
-    shape = dict(read_recipe("topv2-parser").architecture or {})
-    if name == HALF:
-        shape["num_hidden_layers"] //= 2
-    keys = {"dropout_time": "constant", "dropout_depth": "exponential"} if SPEED[name]["dropout"] else {}
-    folder = asked.output / "speed" / name.replace(" ", "-")
-    keys |= SPEED[name] | {"architecture": shape, "data_folder": asked.data_folder, "output_dir": str(folder)}
-    if "anchor" in keys:  # what it learns from is of its own size
-        keys["reference"] = str(asked.output / "speed" / "reference")
-        _trainer(NOTHING, asked, steps).save_model(keys["reference"])
-    trainer = Run(
-        read_recipe("topv2-ablation", overrides=keys | {"seed": 1, "max_steps": steps, "eval_rows": 1})
-    ).trainer
-    trainer.state.max_steps, trainer.current_gradient_accumulation_steps = steps, 1
-    return trainer
-
-
-def _step(trainer: LayerSkipTrainer, batch: dict[str, Any], number: int) -> float:
-    """Seconds of processor time of a whole step: forward, backward, optimizer."""
-    trainer.state.global_step = number
-    begin = time.process_time()
-    trainer.training_step(trainer.model, dict(batch))
-    trainer.optimizer.step()
-    trainer.optimizer.zero_grad()
-    return time.process_time() - begin
-
-
-def _mean_rate(keys: dict[str, Any], layers: int) -> float:
-    return sum(rates(layers, p_max=keys["dropout"], depth=keys.get("dropout_depth", "exponential"))) / layers
-
-
 def means(values: Sequence[float]) -> tuple[float, float]:
     """The mean and its standard error, NaN of a single value."""
     return statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
 
 
-def report(source: Path, folder: Path) -> None:
-    """Writes topv2-ablation.md and .png from results.json."""
-    whole = json.loads((source / "results.json").read_text())
+def report(whole: dict[str, Any], folder: Path) -> None:
+    """Writes the results, their table and the figure."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "topv2-ablation.json").write_text(json.dumps(whole, indent=1) + "\n")
-    (folder / "topv2-ablation.md").write_text(text(whole))
-    figure(whole, folder / "topv2-ablation.png")
+    (folder / f"{NAME}.json").write_text(json.dumps(whole, indent=1) + "\n")
+    (folder / f"{NAME}.md").write_text(text(whole))
+    figure(whole, folder / f"{NAME}.png")
 
 
 def text(whole: dict[str, Any]) -> str:
@@ -235,7 +160,7 @@ def text(whole: dict[str, Any]) -> str:
         f"{DRAFT_ITEMS} rows at the exit and draft length with the best predicted speedup.",
         "",
         "```bash",
-        "python benchmarks/ablation.py --data-folder ../shared/data --output runs/ablation --report docs/results",
+        "python -m benchmarks.ablation --data-folder ../shared/data --output runs/ablation --report docs/results",
         "```",
         "",
         "![Loss, agreement and exact match by exit](topv2-ablation.png)",
@@ -245,7 +170,7 @@ def text(whole: dict[str, Any]) -> str:
         "| arm | exact match | less nothing's, by seed | loss | acceptance | tokens per round | best (E, K) |",
         "|---|---:|---:|---:|---:|---:|---|",
     ]
-    plain = {run["seed"]: run["exact_match"]["all"] for run in runs if run["arm"] == "nothing"}
+    plain = {run["seed"]: run["exact_match"]["all"] for run in runs if run["arm"] == NOTHING}
     for arm, found in arms(runs):
         less = [run["exact_match"]["all"] - plain[run["seed"]] for run in found if run["seed"] in plain]
         best_at = ", ".join(f"({run['speculation']['exit']}, {run['speculation']['draft_tokens']})" for run in found)
@@ -272,7 +197,7 @@ def text(whole: dict[str, Any]) -> str:
             cells = [_cell([value(run, exit) for run in found]) for exit in range(1, layers + 1)]
             lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     lines += _verdicts(runs)
-    return "\n".join(lines + (_speed_lines(whole["speed"]) if "speed" in whole else [])) + "\n"
+    return "\n".join(lines + (training_speed.lines(whole["speed"]) if "speed" in whole else [])) + "\n"
 
 
 def _verdicts(runs: Sequence[dict[str, Any]]) -> list[str]:
@@ -309,41 +234,6 @@ def _verdicts(runs: Sequence[dict[str, Any]]) -> list[str]:
             word = "equal" if abs(mean) <= error else "higher" if mean > 0 else "lower"
         cells = [_cell([gain(run, middle) for run in found], percent=True), last, word]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
-    return lines
-
-
-def _speed_lines(whole: dict[str, Any]) -> list[str]:
-    plain, arms = whole["arms"][NOTHING]["seconds"], whole["arms"]
-    ratios = {name: [a / b for a, b in zip(arm["seconds"], plain, strict=True)] for name, arm in arms.items()}
-    layers = 2 * (1 - statistics.median(ratios[HALF]))
-    settings = ", ".join(f"{name}={value}" for name, value in whole["allocator"].items())
-    lines = [
-        "",
-        "## Speed of training",
-        "",
-        f"Processor time of a step, 12 layers of width 192, 64 rows, one thread of an {whole['machine']['processor']}; "
-        f"rates at their full height. The arms take turns at each of {len(plain)} batches; tokens of all batches by "
-        'their time, medians of the times, and the median of the ratios to "nothing" on the same batch with its '
-        "quartiles. Skipped is the share of the layers' rows that dropout leaves out; half as many layers take "
-        f"{1 - layers / 2:.1%} of a step, so the layers are {layers:.0%} of it, and skipped times that is what could "
-        "be saved (80% of it is wanted)." + (f" Allocator: {settings}." if settings else ""),
-        "",
-        "| arm | tokens/s | ms a step | of nothing | saved | could be saved | saved of that | skipped |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for name, arm in arms.items():
-        low, middle, high = statistics.quantiles(ratios[name], n=4)
-        could, saved = arm["skipped"] * layers, 1 - middle
-        cells = [
-            f"{sum(whole['tokens']) / sum(arm['seconds']):,.0f}",
-            f"{1000 * statistics.median(arm['seconds']):.0f}",
-            f"{middle:.3f} ({low:.3f} to {high:.3f})",
-            f"{saved:.1%}",
-            f"{could:.1%}",
-            f"{saved / could:.0%}" if name.startswith("dropout") else "",
-            f"{arm['skipped']:.1%}",
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -19,9 +19,9 @@ from benchmarks.worker import PeerFailed, Worker
 
 SETTLE = 0.2
 """Seconds of rest before each engine's turn: the threads of the one before it spin on for a while."""
-TURNS, FINALISTS = (2, 6), 3
-"""Turns of a trial for all drafts, and then for the fastest few: a few percent are not seen at once on a machine that
-others use as well."""
+TRIAL = ((1, 8), (2, 3), (6, 3))
+"""Turns of a trial, and how many drafts it leaves: first all have a turn, the fastest eight two more, the fastest three
+six more. A few percent are not seen at once on a machine that others use as well."""
 ENOUGH = 60.0
 """Seconds of a trial after which a draft has no more turns: what takes long is not disturbed much."""
 
@@ -86,15 +86,16 @@ class Contest:
                 ways = [Way(name, draft) for draft in drafts]
                 rates: dict[Way, list[float]] = {way: [] for way in ways}
                 spent = dict.fromkeys(ways, 0.0)
+                first = self.questions[0]
                 for way in ways:
-                    self.ask(way, self.questions[0])
-                for turns in TURNS:
+                    self.ask(way, replace(first, new_tokens=min(first.new_tokens, 16)))
+                for turns, left in TRIAL:
                     for _, way in product(range(turns), ways):
                         if spent[way] < ENOUGH:
                             turn = measured([self.ask(way, question) for question in self.questions])
                             rates[way].append(turn["decode_tokens"] / turn["decode_seconds"])
                             spent[way] += turn["seconds"]
-                    ways = sorted(ways, key=lambda way: -median(rates[way]))[:FINALISTS]
+                    ways = sorted(ways, key=lambda way: -median(rates[way]))[:left]
             except PeerFailed as error:
                 self.fail(name, error)
                 continue

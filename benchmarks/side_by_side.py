@@ -54,7 +54,7 @@ class Settings:
         pairs: rounds.
         prompts: of a round, each once by every way.
         new_tokens: for each prompt, at most.
-        exit: E of every self-speculation.
+        exit: E of other engines' self-speculation, and where our own drafts begin to choose.
         draft_tokens: K to try; each engine goes on with its fastest.
         peers: engines to ask for.
         until_end: fewer new tokens where a text ends.
@@ -128,7 +128,7 @@ def compare(
             record = beginning | {"loaded": loaded, "rounds": []}
             record["questions"] = [{"prompt": len(one.prompt), "new": one.new_tokens} for one in asked]
             record["trials"] = contest.trials(exit=settings.exit, draft_tokens=settings.draft_tokens)
-        ways = ways_of(settings.peers, record["trials"])
+        ways = ways_of(settings.peers, record["trials"], exit=settings.exit)
         contest.warm(ways)
         while len(record["rounds"]) < settings.pairs:
             number = len(record["rounds"])
@@ -146,14 +146,14 @@ def compare(
     return record
 
 
-def ways_of(peers: tuple[str, ...], trials: dict[str, Any]) -> list[Way]:
-    """Each engine plainly, and with its fastest draft; our own first, also with drafts it chooses itself."""
+def ways_of(peers: tuple[str, ...], trials: dict[str, Any], *, exit: int) -> list[Way]:
+    """Each engine plainly, and with its fastest draft; our own first, also choosing drafts itself, from `exit` on."""
     ways: list[Way] = []
     for peer in peers:
         ways.append(Way(peer))
         if peer in trials:
             fastest = Draft(**trials[peer][0]["draft"])
-            ways += [Way(peer, fastest), *([Way(peer, replace(fastest, auto=True))] if peer == OWN else [])]
+            ways += [Way(peer, fastest), *([Way(peer, replace(fastest, exit=exit, auto=True))] if peer == OWN else [])]
     return ways
 
 

@@ -152,6 +152,12 @@ def _details(record: Mapping[str, Any]) -> list[str]:
         f"{_range([one['prompt'] for one in asked])} tokens, continued by {_range([one['new'] for one in asked])}; "
         f"{settings['threads']} threads. Exit {settings['exit']}.",
     ]
+    if tried := [trial["draft"] for trial in record["trials"].get(OWN, ())]:
+        exits, counts = (sorted({draft[part] for draft in tried}) for part in ("exit", "tokens"))
+        lines.append(
+            f"Our own draft is the fastest of {len(tried)} that were tried: exits {', '.join(map(str, exits))}, K = "
+            f"{', '.join(map(str, counts))}, through the own head and what else there is."
+        )
     if record["controlled"]:
         made = record["controlled"]
         lines.append(

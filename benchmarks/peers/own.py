@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -15,6 +16,8 @@ from layerskip.decode.drafters import Auto, EarlyExit
 from layerskip.decode.drafters.shortlist import fitting
 from layerskip.evaluate.follow import fresh
 from layerskip.llm import LLM, load
+
+EXITS = (1, 2, 3, 4, 6, 8)
 
 
 class Own:
@@ -46,16 +49,21 @@ class Own:
             self._llm = load(folder, dtype=dtype, device="cpu", max_batch=1)
 
     def drafts(self, *, exit: int, tokens: Sequence[int]) -> list[Draft]:
-        """Every number of tokens, through the own head; where a shortlist leaves most out, through that one, a longer
-        one and a head of 8 bits as well."""
+        """A grid of exits (`EXITS`, up to half of the layers) and numbers of tokens.
+
+        Where a shortlist leaves most of the vocabulary out, the grid is through a head of 8 bits; from `exit` also
+        through the own head, that shortlist and a longer one.
+        """
         assert self._llm is not None
         decoder = self._llm.decoder
-        found = [Draft(exit, count) for count in tokens]
-        if 4 * fitting(decoder.shape) <= decoder.shape.vocab:
-            sizes = (fitting(decoder.shape), decoder.shape.vocab // 4)
-            found += [Draft(exit, count, vocabulary=size) for size in sizes for count in tokens]
-            found += [Draft(exit, count, head="int8") for count in tokens if decoder.layout == "native"]
-        return found
+        exits = sorted({exit, *(each for each in EXITS if 2 * each <= decoder.shape.layers)})
+        if 4 * fitting(decoder.shape) > decoder.shape.vocab:
+            return [Draft(each, count) for each, count in product(exits, tokens)]
+        sizes = (None, fitting(decoder.shape), decoder.shape.vocab // 4)
+        found = [Draft(exit, count, vocabulary=size) for size in sizes for count in tokens]
+        head = "int8" if decoder.layout == "native" else "own"
+        grid = [Draft(each, count, head=head) for each, count in product(exits, tokens)]
+        return found + [draft for draft in grid if draft not in found]
 
     def run(self, prompt: Sequence[int], *, new_tokens: int, draft: Draft | None = None) -> PeerRun:
         """Continues a prompt."""

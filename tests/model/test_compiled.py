@@ -11,7 +11,8 @@ from torch import Tensor
 from torch._inductor.exc import TritonMissing
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from layerskip import EarlyExit, load
+from layerskip import Auto, Cascade, EarlyExit, Lookup, load
+from layerskip.decode.sampling import Sampling
 from layerskip.model.checkpoint import load_decoder
 from layerskip.model.compiled import filled
 from layerskip.model.decoder import Decoder
@@ -38,8 +39,8 @@ def decoders(folder: Path) -> tuple[Decoder, Decoder]:
     return plain, compiled
 
 
-def score(decoder: Decoder, ids: Tensor, *, pieces: list[int], rows: Any) -> Tensor:
-    cache, found, start = decoder.cache(rows=6, slots=90), list[Tensor](), 0
+def score(decoder: Decoder, ids: Tensor, *, pieces: list[int], rows: Any, size: tuple[int, int] = (6, 128)) -> Tensor:
+    cache, found, start = decoder.cache(rows=size[0], slots=size[1]), list[Tensor](), 0
     for count in pieces:
         at = torch.arange(start, start + count).expand(len(ids), -1)
         hidden = decoder.run(decoder.embed(ids[:, start : start + count]), at, cache, 0, 1, rows=rows)
@@ -62,6 +63,15 @@ def test_graphs_compute_what_the_layers_do(folder: Path) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         graphs.append(compiled.compiled.graphs)
     assert 4 < graphs[1] == graphs[2], "pieces that are filled up to the same sizes need no graphs of their own"
+    assert graphs[0] == 1, "of a prompt the head is compiled, and the layers run as they are"
+    known = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for size in ((7, 128), (6, 160), (9, 300)):
+        with torch.inference_mode():
+            expected = score(plain, ids[:, :78], pieces=[78], rows=rows)
+            found = score(compiled, ids[:, :78], pieces=[8, 1, 67, 2], rows=rows, size=size)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert compiled.compiled.graphs == graphs[2], "a bigger cache needs no graphs of its own"
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == known
 
 
 def test_a_tree_sees_its_branch_only(folder: Path) -> None:
@@ -93,6 +103,22 @@ def test_text_is_that_of_plain_decoding_and_graphs_settle(tiny_checkpoint: Path,
             assert [one.tokens for one in found] == [tokens[:length] for tokens in expected]
         graphs.append((compiled.decoder.compiled.graphs, torch._dynamo.utils.counters["stats"]["unique_graphs"]))
     assert graphs[1] == graphs[2], "something was compiled anew for what had been asked before"
+
+
+def test_text_of_drafters_that_learn_is_that_of_plain_decoding(tiny_checkpoint: Path) -> None:
+    """What they try depends on texts and on the clock, so their graphs are not counted."""
+    llm = load(tiny_checkpoint, dtype="float32", weights="plain")
+    llm.decoder.compile(backend=CAPTURED)
+    exit = EarlyExit(2, tokens=3, vocabulary=90)
+    for sampling, drafts in (
+        (Sampling(), (Cascade(Lookup(), exit),)),
+        (Sampling(temperature=0.9, seed=3), (Auto(exit=2, tokens=3),)),
+    ):
+        settings: Any = {"max_tokens": 16, "ignore_eos": True, "sampling": sampling}
+        plain = [one.tokens for one in llm.generate(["the cat sat on", "a"], **settings)]
+        for draft in drafts:
+            found = [one.tokens for one in llm.generate(["the cat sat on", "a"], draft=draft, **settings)]
+            assert found == plain, draft.name
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from layerskip import EarlyExit, Lookup, load
 from layerskip.errors import RequestError
 from layerskip.model.cache import Cache
 from layerskip.model.checkpoint import load_decoder, read_config
@@ -273,19 +272,6 @@ def test_two_threads_share_one_decoder(decoder: Decoder) -> None:
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: score(decoder, tokens(), pieces=[20, 5, 5]), range(8)))
     assert all(torch.equal(each, expected) for each in found)
-
-
-@pytest.mark.parametrize("weights", ["native", "int8", "int4"])
-def test_bfloat16_text_is_that_of_plain_decoding(weights: str, tiny_checkpoint: Path) -> None:
-    llm = load(tiny_checkpoint, dtype="bfloat16", weights=weights)
-    prompts = ["the cat sat on", "a", "the dog ran to the cat and"]
-    plain = [llm.generate(p, max_tokens=60, ignore_eos=True, logprobs=3) for p in prompts]
-    for draft in (EarlyExit(1, tokens=7), EarlyExit(2, tokens=4), Lookup()):
-        for alone, done in zip(
-            plain, llm.generate(prompts, max_tokens=60, ignore_eos=True, draft=draft, logprobs=3), strict=True
-        ):
-            assert done.tokens == alone.tokens
-            assert done.logprobs == alone.logprobs  # to the bit
 
 
 OTHER_PROCESSOR = """

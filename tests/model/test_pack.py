@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from layerskip import EarlyExit, Lookup, load
 from layerskip.errors import RequestError
 from layerskip.model.checkpoint import load_decoder, read_config
 from layerskip.model.pack import Fan, Packed, PackedFan, chosen
@@ -58,18 +57,6 @@ def test_packed_weights_are_the_same_numbers(kind: str, tied: bool, tmp_path: Pa
         for weights in ("packed", "native"):
             off = (plain - logits(tmp_path, weights, dtype, tokens)).abs() / plain.abs().max()
             assert off.max() < close, (kind, dtype, weights)
-
-
-@pytest.mark.parametrize("weights", ["packed", "native"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_drafter_changes_no_token_of_a_packed_model(dtype: str, weights: str, tiny_checkpoint: Path) -> None:
-    llm = load(tiny_checkpoint, dtype=dtype, weights=weights)
-    prompts = ["the cat", "the dog ran to the", "a"]
-    plain = [done.tokens for done in llm.generate(prompts, max_tokens=40, ignore_eos=True)]
-    for draft in (EarlyExit(1, tokens=4), EarlyExit(3, tokens=7), Lookup()):
-        drafted = llm.generate(prompts, max_tokens=40, ignore_eos=True, draft=draft)
-        assert [done.tokens for done in drafted] == plain, (draft.name, dtype)
-        assert sum(done.acceptance.drafted for done in drafted) > 0
 
 
 def test_the_layout_is_chosen_by_device_and_dtype(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,9 @@
 """Spans and the head as compiled graphs (torch.compile), for plain weights.
 
-A graph is of one shape: positions and slots are filled up to a few sizes, so that a text of any length runs in graphs
-that are there already. Knows tensors and the cache; knows no arithmetic of its own. B rows, T positions, S slots.
+A graph is of one shape: rows, positions and slots are filled up to a few sizes, so that a text of any length runs in
+graphs that are there already. What takes more positions than a draft (prompts) runs as it is: its time is that of
+products, and there is no end of its lengths. Knows tensors and the cache; knows no arithmetic of its own. B rows, T
+positions, S slots.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from torch.nn import functional as F
 from layerskip.model.cache import Cache, RowIndex
 
 LEAST_SLOTS = 64
+MOST_POSITIONS = 16  # of a row, and rows times positions for the head: 16 of each
 _GRAPHS = 512  # torch gives up on a function after 8 shapes, which is for those that never settle
 
 
@@ -131,13 +134,17 @@ class Compiled:
         rotations: tuple[Tensor, Tensor],
         scores: Callable[[Tensor, RowIndex, Tensor | None, int, int | None], Tensor | None],
     ) -> Tensor | None:
-        """As `Decoder.run`, with positions and slots that are within the cache; None where nothing can be compiled.
+        """As `Decoder.run`, with positions and slots that are within the cache.
+
+        None where nothing can be compiled, or where there are more positions than a graph is made for.
 
         Args:
             rotations: cosines and sines by position.
             scores: `Decoder`'s mask of positions (B, T) in rows, given a mask, a limit and a window.
         """
         batch, positions = at.shape
+        if positions > MOST_POSITIONS:
+            return None
         below, beside = filled(batch) - batch, filled(positions) - positions
         size = filled(limit, least=LEAST_SLOTS, most=cache.slots)
         # what is filled up with is padding of the first row: written where nobody reads
@@ -152,7 +159,8 @@ class Compiled:
             index = torch.cat((index, index[:1].expand(below)))
         row = index if isinstance(index, Tensor) else torch.arange(batch, device=at.device)
         held = [
-            [part if gathered else part[index] for part in parts[first:last]] for parts in (cache.keys, cache.values)
+            [_any_size(part if gathered else part[index], rows=gathered) for part in parts[first:last]]
+            for parts in (cache.keys, cache.values)
         ]
         masks = {window: scores(at, index, mask, size, window) for window in set(self._windows[first:last])}
         given = (
@@ -166,14 +174,16 @@ class Compiled:
             gathered,
         )
         some = tuple(part is None for part in masks.values())
-        kind = (first, last, *at.shape, size, gathered, some, cache.rows, cache.slots)
+        kind = (first, last, *at.shape, size, gathered, some)
         found = self._call(kind, lambda: self._span(first, last)(*given))
         return None if found is None else found[:batch, :positions]
 
     def logits(self, hidden: Tensor) -> Tensor | None:
-        """(..., D) -> (..., V); None where nothing can be compiled."""
+        """(..., D) -> (..., V); None as for `run`."""
         flat = hidden.reshape(-1, hidden.shape[-1])
         count = flat.shape[0]
+        if count > MOST_POSITIONS**2:
+            return None
         padded = F.pad(flat, (0, 0, 0, filled(count) - count))
         found = self._call(("head", padded.shape), lambda: self._head(padded))
         return None if found is None else found[:count].unflatten(0, hidden.shape[:-1])
@@ -200,3 +210,10 @@ class Compiled:
             self._known.add(kind)
             self.graphs, self.seconds = self.graphs + 1, self.seconds + time.perf_counter() - began
             return found
+
+
+def _any_size(held: Tensor, *, rows: bool) -> Tensor:
+    """Keys or values of a layer (R, G, S + 1, H), of which a graph takes any number of slots and rows: caches grow."""
+    for dimension in (0, 2) if rows else (2,):
+        torch._dynamo.maybe_mark_dynamic(held, dimension)
+    return held

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import Cache
 
 from layerskip.errors import RequestError
@@ -166,19 +167,23 @@ class LayerDropout:
         dropped = self._draw(index, hidden)
         if not self._rates[index]:
             return forward(*args, **kwargs)
-        kept = sorted(set(range(hidden.shape[0])) - set(dropped))
-        # non_blocking: the host need not wait for the device. Where all rows drop, row 0 runs.
-        chosen = torch.tensor(kept or [0]).to(hidden.device, non_blocking=True) if dropped else None
-        take = functools.partial(_take, layer=index, rows=hidden.shape[0], chosen=chosen)
+        rows = hidden.shape[0]
+        chosen, taken, rest = None, hidden, hidden
+        if dropped:
+            kept = sorted(set(range(rows)) - set(dropped))
+            # non_blocking: the host need not wait for the device. Where all rows drop, row 0 runs.
+            chosen = torch.tensor(kept or [0]).to(hidden.device, non_blocking=True)
+            taken, rest = _take_out(hidden, chosen, dropped)
+        take = functools.partial(_take, layer=index, rows=rows, chosen=chosen)
         output = forward(
-            *(take(value, f"argument {place}") for place, value in enumerate(args)),
-            **{name: take(value, name) for name, value in kwargs.items()},
+            *(taken if value is hidden else take(value, f"argument {place}") for place, value in enumerate(args)),
+            **{name: taken if value is hidden else take(value, name) for name, value in kwargs.items()},
         )
         if chosen is None:
             return output
         if isinstance(output, tuple):
-            return (_put_back(hidden, output[0], chosen, counts=bool(kept)), *output[1:])
-        return _put_back(hidden, output, chosen, counts=bool(kept))
+            return (_put_back(rest, output[0], chosen, dropped), *output[1:])
+        return _put_back(rest, output, chosen, dropped)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _draw(self, index: int, hidden: Tensor) -> list[int]:
@@ -234,12 +239,62 @@ def _take(value: Any, name: str, *, layer: int, rows: int, chosen: Tensor | None
     )
 
 
-def _put_back(hidden: Tensor, output: Tensor, chosen: Tensor, *, counts: bool) -> Tensor:
-    """`hidden` (B, T, D) with the chosen rows replaced by `output` (n, T, D), in the dtype the layer gives.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _take_out(hidden: Tensor, chosen: Tensor, dropped: list[int]) -> tuple[Tensor, Tensor]:
+    """The chosen rows of `hidden` (B, T, D), and `hidden` itself to put them back into."""
+    taken, rest = _TakeOut.apply(hidden, chosen, dropped)  # type: ignore[no-untyped-call]
+    return taken, rest
 
-    Where the output does not count, its rows are written over again: it gets a gradient of exact zeros, and no value of
-    it, infinite or NaN, reaches the result.
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _put_back(rest: Tensor, output: Tensor, chosen: Tensor, dropped: list[int]) -> Tensor:
+    """`rest` (B, T, D) with the rows that are not dropped replaced by `output` (n, T, D), in the dtype the layer gives.
+
+    Where all rows are dropped, `output` (row 0) does not count: it gets a gradient of exact zeros, and no value of it,
+    infinite or NaN, reaches the result.
     """
-    before = hidden.to(output.dtype)
-    after = before.index_copy(0, chosen, output)
-    return after if counts else after.index_copy(0, chosen, before.index_select(0, chosen))
+    together: Tensor = _PutBack.apply(rest.to(output.dtype), output, chosen, dropped)  # type: ignore[no-untyped-call]
+    return together
+
+
+class _TakeOut(torch.autograd.Function):
+    """One pass over the rows each way, here and in `_PutBack`.
+
+    Of `index_select` and `index_copy` the backward passes fill whole batches with zeros and add them up: twice the
+    memory traffic, which for a narrow model is a good part of what dropping rows saves (docs/training.md).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, chosen: Tensor, dropped: list[int]) -> tuple[Tensor, Tensor]:
+        ctx.dropped = dropped
+        return hidden.index_select(0, chosen), hidden.view_as(hidden)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, taken: Tensor, rest: Tensor) -> tuple[Tensor, None, None]:
+        return _together(taken, rest, ctx.dropped), None, None  # the gradient of rest's other rows is of no use
+
+
+class _PutBack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rest: Tensor, output: Tensor, chosen: Tensor, dropped: list[int]) -> Tensor:
+        ctx.save_for_backward(chosen)
+        ctx.none_counts = len(dropped) == len(rest)
+        return _together(output, rest, dropped)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, whole: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (chosen,) = ctx.saved_tensors
+        # `rest` gets all of it: `_TakeOut` looks at the dropped rows alone
+        return whole, torch.zeros_like(whole[:1]) if ctx.none_counts else whole.index_select(0, chosen), None, None
+
+
+def _together(kept: Tensor, rest: Tensor, dropped: list[int]) -> Tensor:
+    """The dropped rows of `rest` (B, T, D), and between them those of `kept` in order."""
+    pieces, begin = [], 0
+    for place, row in enumerate(dropped):
+        end = row - place  # so many kept rows lie before it
+        pieces += [kept[begin:end], rest[row : row + 1]]
+        begin = end
+    return torch.cat([*pieces, kept[begin : len(rest) - len(dropped)]])
