@@ -53,11 +53,13 @@ def main() -> None:
     parser.add_argument("--only-speed", action="store_true", help="measure training's speed anew for a report's table")
     parser.add_argument("--report", type=Path, help="folder for the table and the figure")
     asked = parser.parse_args()
+    speeds = asked.output / "speed.json"
     if asked.only_speed:
         if not asked.report:
             parser.error("--only-speed measures anew for a report; say which folder it is in with --report")
         whole = json.loads((asked.report / f"{NAME}.json").read_text())
         whole["speed"] = training_speed.measure(asked.data_folder, asked.output / "speed")
+        speeds.write_text(json.dumps(whole["speed"], indent=2))
         report(whole, asked.report)
         return
     for seed in asked.seeds:
@@ -65,7 +67,6 @@ def main() -> None:
             one(arm, seed, asked)
     if asked.only_train:
         return
-    speeds = asked.output / "speed.json"
     if not speeds.exists():
         speeds.write_text(json.dumps(training_speed.measure(asked.data_folder, asked.output / "speed"), indent=2))
     runs = [json.loads(path.read_text()) for path in sorted(asked.output.glob("*/result.json"))]

@@ -20,7 +20,8 @@ from typing import Any
 
 import psutil
 
-WAYS = ("plain", "early-exit", "early-exit, shortlist", "early-exit, head of 8 bits", "auto")
+PLAIN = "plain"
+WAYS = (PLAIN, "early-exit", "early-exit, shortlist", "early-exit, head of 8 bits", "auto")
 STEPS = ("loaded", "generated")
 
 
@@ -38,22 +39,24 @@ def in_this_process(folder: str, text: str, way: str, *, dtype: str, new_tokens:
     torch.ones(64, 64) @ torch.ones(64, 64)
     idle = resident()
     import layerskip
+    from layerskip.decode.drafters.shortlist import fitting
     from layerskip.model.pack import stored_bytes
 
     llm = layerskip.load(folder, dtype=dtype, device="cpu", max_batch=1)
     found = {"loaded": resident() - idle}
-    shape = llm.decoder.shape
-    asked: dict[str, Any] = {}
-    if way.endswith("shortlist"):
-        asked = {"vocabulary": shape.vocab // 16}
-    elif way.endswith("8 bits"):
-        asked = {"head": "int8"}
-    draft = None if way == "plain" else llm.drafter(way.split(",")[0], **asked)
-    done = llm.generate(text, draft=draft, max_tokens=new_tokens, ignore_eos=True)
+    name, _, with_what = way.partition(", ")
+    asked: dict[str, Any] = {"head": "own", "vocabulary": 0}
+    if with_what == "shortlist":
+        asked["vocabulary"] = fitting(llm.decoder.shape)
+    elif with_what:
+        asked["head"] = "int8"
+    draft = None if name == PLAIN else llm.drafter(name, **asked)
+    llm.generate(text, draft=draft, max_tokens=new_tokens, ignore_eos=True)
     found["generated"] = resident() - idle
-    slots = len(llm.tokenizer(text)["input_ids"]) + len(done.tokens)
-    cache = shape.cache_bytes(1, slots, llm.decoder.dtype.itemsize)
-    return found | {"weights": stored_bytes(llm.decoder), "cache": cache}
+    assert llm._pool is not None
+    cache = llm._pool.cache
+    held = sum(part.nbytes for part in (*cache.keys, *cache.values))
+    return found | {"weights": stored_bytes(llm.decoder), "cache": held}
 
 
 def measure(folder: Path, text: str, *, dtype: str, new_tokens: int, repeat: int) -> dict[str, Any]:
@@ -63,15 +66,15 @@ def measure(folder: Path, text: str, *, dtype: str, new_tokens: int, repeat: int
         for way, found in turns.items():
             asked = [str(folder), text, way, dtype, str(new_tokens)]
             call = [sys.executable, "-m", "benchmarks.memory", "--in-this-process", *asked]
-            found.append(json.loads(subprocess.run(call, check=True, capture_output=True, text=True).stdout))
+            found.append(json.loads(subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True).stdout))
     ways = {way: {step: median(turn[step] for turn in found) for step in STEPS} for way, found in turns.items()}
-    return {part: turns[WAYS[0]][0][part] for part in ("weights", "cache")} | {"ways": ways}
+    return {part: turns[PLAIN][0][part] for part in ("weights", "cache")} | {"ways": ways}
 
 
 def lines(found: dict[str, Any]) -> list[str]:
     """The same for people."""
     weigh = found["weights"] + found["cache"]
-    plain = found["ways"][WAYS[0]]["generated"]
+    plain = found["ways"][PLAIN]["generated"]
     told = [
         f"{found['model']['name']}, {found['model']['dtype']}: weights {found['weights'] / 2**20:.0f} MiB, cache "
         f"{found['cache'] / 2**20:.0f} MiB",
@@ -112,7 +115,7 @@ def main() -> None:
         llm = load(folder, dtype=asked.dtype, device="cpu", max_batch=1)
         found = record.about("memory", llm)
         found |= {"command": shlex.join(["python", "-m", "benchmarks.memory", *sys.argv[1:]])}
-        found["model"] |= {"name": name, "dtype": asked.dtype, "weights": llm.decoder.layout}
+        found["model"] |= {"name": name, "dtype": asked.dtype}
         del llm
         found |= measure(folder, text, dtype=asked.dtype, new_tokens=asked.new_tokens, repeat=asked.repeat)
         record.write(asked.output / f"memory-{name}-{asked.dtype}.json", found)

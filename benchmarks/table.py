@@ -150,13 +150,13 @@ def _details(record: Mapping[str, Any]) -> list[str]:
         f"{model['parameters'] / 1e6:.1f} M parameters, {model['layers']} layers of width {model['width']}, vocabulary "
         f"{model['vocabulary']:,}; {len(record['rounds'])} of {settings['pairs']} rounds of {len(asked)} prompts of "
         f"{_range([one['prompt'] for one in asked])} tokens, continued by {_range([one['new'] for one in asked])}; "
-        f"{settings['threads']} threads. Exit {settings['exit']}.",
+        f"{settings['threads']} threads. Recommended exit {settings['exit']}.",
     ]
     if tried := [trial["draft"] for trial in record["trials"].get(OWN, ())]:
         exits, counts = (sorted({draft[part] for draft in tried}) for part in ("exit", "tokens"))
         lines.append(
-            f"Our own draft is the fastest of {len(tried)} that were tried: exits {', '.join(map(str, exits))}, K = "
-            f"{', '.join(map(str, counts))}, through the own head and what else there is."
+            f"Our own fixed draft is the fastest of {len(tried)} that were tried: exits {', '.join(map(str, exits))}; "
+            f"K = {', '.join(map(str, counts))}."
         )
     if record["controlled"]:
         made = record["controlled"]

@@ -32,7 +32,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "both + anchor": {"dropout": 0.2, "anchor": 1.0},
     HALF: PLAIN,
 }
-"""Arms of the shipped model's shape; rates at their full height. The last says what the layers' share of a step is,
+"""Arms of the shipped model's layers; rates at their full height. The last says what the layers' share of a step is,
 with nothing of dropout in it."""
 
 WIDE: dict[str, dict[str, Any]] = {name: SMALL[name] for name in (NOTHING, "dropout only, 0.2", HALF)}
@@ -42,14 +42,14 @@ WIDE_SHAPE = {
     "num_attention_heads": 8,
     "num_key_value_heads": 8,
 }
-"""The same layers with the shape that models of 50 M parameters have: moving rows counts for less there, because a
-layer's products grow with the square of its width and its rows with the width."""
+"""Wider layers, 39 M parameters: moving rows counts for less there, because a layer's products grow with the square of
+its width and its rows with the width."""
 
 ROWS = 64
 
 
 def measure(data_folder: str, folder: Path, batches: int = 16) -> dict[str, Any]:
-    """Seconds of steps of every arm, on the shipped model's shape and on a wider one (half as many batches)."""
+    """Seconds of steps of every arm, with the shipped model's layers and with wider ones (half as many batches)."""
     torch.set_num_threads(1)
     small = dict(read_recipe("topv2-parser").architecture or {})
     allocator = {name: value for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")}
@@ -71,6 +71,7 @@ def _measure(
     """
     names, tokens = list(arms), []
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    rows: dict[str, list[tuple[int, int]]] = {name: [] for name in names}
     with ExitStack() as installed:
         trainers = {}
         for name, keys in arms.items():
@@ -83,11 +84,13 @@ def _measure(
             turn = number % len(names)
             tokens.append(int(batch["attention_mask"].sum()))
             for name in names[turn:] + names[:turn]:
-                _, *counted = (_step(trainers[name], batch, number) for _ in range(3))
-                seconds[name].append(min(counted, key=sum))
+                (_, *took), drawn = zip(*(_step(trainers[name], batch, number) for _ in range(3)), strict=True)
+                assert len(set(drawn)) == 1, "steps that are compared drop the same rows"
+                seconds[name].append(min(took, key=sum))
+                rows[name].append(drawn[0])
     found = {}
-    for name, trainer in trainers.items():
-        seen, dropped = (sum(counts) for counts in zip(*trainer.dropout.observed(), strict=True))
+    for name in names:
+        seen, dropped = (sum(counts) for counts in zip(*rows[name], strict=True))
         found[name] = {
             "seconds": [compute + update for compute, update in seconds[name]],
             "update_seconds": [update for _, update in seconds[name]],
@@ -107,6 +110,7 @@ def _trainer(
         "eval_rows": 1,
         "per_device_train_batch_size": ROWS,
         "architecture": shape,
+        "vocab_size": read_recipe("topv2-parser").vocab_size,
         "data_folder": data_folder,
         "output_dir": str(folder / name.replace(" ", "-")),
         **({"dropout_time": "constant", "dropout_depth": "exponential"} if keys["dropout"] else {}),
@@ -120,15 +124,20 @@ def _trainer(
     return trainer
 
 
-def _step(trainer: LayerSkipTrainer, batch: dict[str, Any], number: int) -> tuple[float, float]:
-    """Seconds of processor time of forward and backward passes, and of the optimizer."""
-    trainer.state.global_step = number
+def _step(trainer: LayerSkipTrainer, batch: dict[str, Any], number: int) -> tuple[tuple[float, float], tuple[int, int]]:
+    """Seconds of processor time of the passes and of the optimizer; rows that layers saw, and that they dropped.
+
+    The batch is the first of its optimizer step whenever it is run, so that dropout draws the same rows again.
+    """
+    trainer.state.global_step, trainer._micro_steps = number, (-1, 0)
     begin = time.process_time()
     trainer.training_step(trainer.model, dict(batch))
     passed = time.process_time()
     trainer.optimizer.step()
     trainer.optimizer.zero_grad()
-    return passed - begin, time.process_time() - passed
+    took = passed - begin, time.process_time() - passed
+    seen, dropped = (sum(counts) for counts in zip(*trainer.dropout.observed(), strict=True))
+    return took, (seen, dropped)
 
 
 def lines(whole: dict[str, Any]) -> list[str]:
@@ -140,11 +149,11 @@ def lines(whole: dict[str, Any]) -> list[str]:
         "",
         f"Processor time of a step, one thread of an {whole['machine']['processor']}, rates at their full height"
         + (f"; allocator: {settings}" if settings else "")
-        + ". The arms take turns at every batch, and the quicker of two steps counts. Tokens/s is the tokens of all "
-        'batches by their time; "up" is how much more that is than with nothing. Of nothing: the median over the '
-        "batches of the ratio of times, with its quartiles. Skipped is the share of the layers' rows that dropout left "
-        "out, and of the compute that times the share of a step that the layers' forward and backward passes take "
-        "(twice what half as many layers take less). Tokens/s up by 80% of it is wanted.",
+        + ". The arms take turns at every batch, and the quicker of two equal steps counts. Tokens/s is the tokens of "
+        'all batches by their time, and saved the time that is less than with nothing; "by batch" has the median and '
+        "the quartiles of what single batches save. Skipped is the share of the layers' rows that dropout left out; "
+        "what could be saved is that times the share of a step that the layers' forward and backward passes take "
+        "(twice what half as many layers take less). 80% of it is wanted.",
         "",
         "```bash",
         "python -m benchmarks.ablation --only-speed --data-folder ../shared/data --output runs/ablation --report "
@@ -159,7 +168,7 @@ def lines(whole: dict[str, Any]) -> list[str]:
 def _table(whole: dict[str, Any]) -> list[str]:
     arms, shape = whole["arms"], whole["shape"]
     plain = arms[NOTHING]["seconds"]
-    ratios = {name: [a / b for a, b in zip(arm["seconds"], plain, strict=True)] for name, arm in arms.items()}
+    savings = {name: [1 - a / b for a, b in zip(arm["seconds"], plain, strict=True)] for name, arm in arms.items()}
     passes, half = (
         [a - b for a, b in zip(arms[name]["seconds"], arms[name]["update_seconds"], strict=True)]
         for name in (NOTHING, HALF)
@@ -171,20 +180,20 @@ def _table(whole: dict[str, Any]) -> list[str]:
         "",
         f"{len(plain)} batches of {whole['rows']} rows; the layers' passes are {share:.0%} of a step.",
         "",
-        "| arm | tokens/s | up | ms a step | of nothing | skipped | of the compute | up, of that |",
+        "| arm | tokens/s | ms a step | saved | by batch | skipped | could be saved | saved of that |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, arm in arms.items():
-        low, middle, high = statistics.quantiles(ratios[name], n=4)
-        skipped, more = arm["skipped"] * share, sum(plain) / sum(arm["seconds"]) - 1
+        low, middle, high = statistics.quantiles(savings[name], n=4)
+        could, saved = arm["skipped"] * share, 1 - sum(arm["seconds"]) / sum(plain)
         cells = [
             f"{sum(whole['tokens']) / sum(arm['seconds']):,.0f}",
-            f"{more:+.1%}" if name not in (NOTHING, HALF) else "",
             f"{1000 * statistics.median(arm['seconds']):.0f}",
-            f"{middle:.3f} ({low:.3f} to {high:.3f})",
+            f"{saved:.1%}",
+            f"{middle:.1%} ({low:.1%} to {high:.1%})",
             f"{arm['skipped']:.1%}",
-            f"{skipped:.1%}",
-            f"{more / skipped:.0%}" if name.startswith("dropout") else "",
+            f"{could:.1%}",
+            f"{saved / could:.0%}" if name.startswith("dropout") else "",
         ]
         told.append(f"| {name} | {' | '.join(cells)} |")
     return told

@@ -24,7 +24,15 @@ settings.load_profile("layerskip")
 ROOT = Path(__file__).resolve().parents[1]
 
 
-LONG = {"test_run.py", "test_docs.py", "test_distributed.py", "test_laws.py", "test_output_law.py", "test_compiled.py"}
+LONG = {
+    "test_run.py",
+    "test_docs.py",
+    "test_distributed.py",
+    "test_laws.py",
+    "test_output_law.py",
+    "test_compiled.py",
+    "test_exactness.py",
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 import statistics
+import subprocess
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ from benchmarks import (
     agreement,
     contest,
     growth,
+    memory,
     rounds,
     side_by_side,
     table,
@@ -31,7 +33,9 @@ from benchmarks.questions import Question
 from benchmarks.worker import PeerFailed, Worker
 from layerskip import EarlyExit, RequestError, load
 from layerskip.decode.acceptance import Acceptance
+from layerskip.model.checkpoint import read_config
 from layerskip.model.decoder import Decoder
+from layerskip.model.shape import Shape
 
 TINY = weights.SIZES["tiny"]
 RESULTS = Path(table.__file__).parent / "results"
@@ -371,6 +375,19 @@ def test_nothing_grows_with_requests(made: Path) -> None:
     found = growth.serve(load(made, dtype="float32", max_batch=4), draft=EarlyExit(TINY.exit), requests=75)
     assert found[-1].bytes - found[1].bytes < 2**22
     assert found[-1].graphs == found[0].graphs
+
+
+@pytest.mark.slow  # ten processes that import torch
+def test_memory_is_that_of_every_way(made: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.memory", str(made), "--repeat", "2", "--new-tokens", "8"]
+    done = subprocess.run([*command, "--output", str(tmp_path)], check=True, capture_output=True, text=True)
+    found = json.loads((tmp_path / f"memory-{made.name}-bfloat16.json").read_text())
+    assert list(found["ways"]) == list(memory.WAYS)
+    assert found["weights"] > 2 * found["model"]["parameters"]  # bytes, as they are stored
+    assert found["cache"] >= Shape.from_config(read_config(made)).cache_bytes(1, 128 + 8, 2)
+    for steps in found["ways"].values():
+        assert found["weights"] < steps["loaded"] < steps["generated"]
+    assert all(f"| {way} | " in done.stdout for way in memory.WAYS)
 
 
 def test_the_table_of_the_ablation_is_of_what_was_run() -> None:

@@ -17,6 +17,7 @@ from layerskip.model.checkpoint import load_decoder
 from layerskip.model.compiled import filled
 from layerskip.model.decoder import Decoder
 
+VIEW = slice(1, 3)
 CAPTURED = "aot_eager"  # everything but the C++ that inductor would write and build for a minute
 
 
@@ -65,10 +66,13 @@ def test_graphs_compute_what_the_layers_do(folder: Path) -> None:
     assert 4 < graphs[1] == graphs[2], "pieces that are filled up to the same sizes need no graphs of their own"
     assert graphs[0] == 1, "of a prompt the head is compiled, and the layers run as they are"
     known = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    for size in ((7, 128), (6, 160), (9, 300)):
+    for size, some in (((7, 128), rows), ((6, 160), rows), ((9, 300), rows), ((6, 128), VIEW), ((6, 256), VIEW)):
+        given = ids[:2, :78] if some is VIEW else ids[:, :78]
         with torch.inference_mode():
-            expected = score(plain, ids[:, :78], pieces=[78], rows=rows)
-            found = score(compiled, ids[:, :78], pieces=[8, 1, 67, 2], rows=rows, size=size)
+            expected = score(plain, given, pieces=[78], rows=some)
+            found = score(compiled, given, pieces=[8, 1, 67, 2], rows=some, size=size)
+        if some is VIEW and size[1] == 128:  # two rows are the first to be read where they lie
+            graphs[2], known = compiled.compiled.graphs, torch._dynamo.utils.counters["stats"]["unique_graphs"]
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert compiled.compiled.graphs == graphs[2], "a bigger cache needs no graphs of its own"
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == known
@@ -119,6 +123,9 @@ def test_text_of_drafters_that_learn_is_that_of_plain_decoding(tiny_checkpoint: 
         for draft in drafts:
             found = [one.tokens for one in llm.generate(["the cat sat on", "a"], draft=draft, **settings)]
             assert found == plain, draft.name
+    assert llm.decoder.compiled is not None
+    assert llm.decoder.compiled.failed is None
+    assert llm.decoder.compiled.graphs > 4
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ class Pool:
         if total <= self.cache.rows and slots <= self.cache.slots:
             return
         wanted = self.cache.slots
-        if slots > wanted:  # by half, within the context: growing copies, and compiled graphs are of one size
+        if slots > wanted:  # by half, within the context: growing copies
             wanted = max(slots, min(wanted * 3 // 2, self.cache.shape.context))
         try:
             self.cache.grow(rows=total, slots=-(-wanted // 64) * 64)

@@ -31,15 +31,23 @@ class Cache:
         slots: S, positions a row can hold.
         dtype: element type, the decoder's.
         device: where it lives.
+        doubling: S is always a power of two: graphs are of few sizes.
 
     Raises:
         CapacityError: the memory is not there; says what would fit.
     """
 
     def __init__(
-        self, shape: Shape, *, rows: int, slots: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+        self,
+        shape: Shape,
+        *,
+        rows: int,
+        slots: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        doubling: bool = False,
     ) -> None:
-        self.shape, self.rows, self.slots = shape, 0, 0
+        self.shape, self.rows, self.slots, self.doubling = shape, 0, 0, doubling
         self.dtype, self.device = dtype, torch.device(device)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
@@ -54,6 +62,8 @@ class Cache:
             CapacityError: the memory is not there; the cache is left as it was.
         """
         rows, slots = max(rows, self.rows), max(slots, self.slots)
+        if self.doubling:
+            slots = 1 << (slots - 1).bit_length()
         if (rows, slots) == (self.rows, self.slots):
             return
         self.check_memory(rows=rows, slots=slots)

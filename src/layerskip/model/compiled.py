@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from layerskip.model.cache import Cache, RowIndex
 
 LEAST_SLOTS = 64
-MOST_POSITIONS = 16  # of a row, and rows times positions for the head: 16 of each
+MOST_POSITIONS = 32  # of a row: a draft of 16 tokens, and the one before
+MOST_LOGITS = 256  # positions of all rows
 _GRAPHS = 512  # torch gives up on a function after 8 shapes, which is for those that never settle
 
 
@@ -182,7 +183,7 @@ class Compiled:
         """(..., D) -> (..., V); None as for `run`."""
         flat = hidden.reshape(-1, hidden.shape[-1])
         count = flat.shape[0]
-        if count > MOST_POSITIONS**2:
+        if count > MOST_LOGITS:
             return None
         padded = F.pad(flat, (0, 0, 0, filled(count) - count))
         found = self._call(("head", padded.shape), lambda: self._head(padded))
@@ -197,19 +198,19 @@ class Compiled:
     def _call(self, kind: Hashable, graph: Callable[[], Tensor]) -> Tensor | None:
         if self.failed is not None:
             return None
-        if kind in self._known:
-            return graph()
-        with self._lock:
-            began = time.perf_counter()
-            try:
+        try:
+            if kind in self._known:
+                return graph()
+            with self._lock:
+                began = time.perf_counter()
                 found = graph()
-            except torch._dynamo.exc.ShortenTraceback as error:  # no compiler, one that fails, or none for the GPU
-                self.failed = " ".join(str(getattr(error, "inner_exception", error)).split())[:200]
-                warnings.warn(f"torch could not compile, so nothing is compiled: {self.failed}", stacklevel=2)
-                return None
-            self._known.add(kind)
-            self.graphs, self.seconds = self.graphs + 1, self.seconds + time.perf_counter() - began
-            return found
+                self._known.add(kind)
+                self.graphs, self.seconds = self.graphs + 1, self.seconds + time.perf_counter() - began
+                return found
+        except torch._dynamo.exc.ShortenTraceback as error:  # no compiler, one that fails, or none for the GPU
+            self.failed = " ".join(str(getattr(error, "inner_exception", error)).split())[:200]
+            warnings.warn(f"torch could not compile, so nothing is compiled: {self.failed}", stacklevel=2)
+            return None
 
 
 def _any_size(held: Tensor, *, rows: bool) -> Tensor:

@@ -153,7 +153,8 @@ class Decoder(nn.Module):
 
     def cache(self, *, rows: int, slots: int) -> Cache:
         """An empty cache for this model. Raises CapacityError where it does not fit."""
-        return Cache(self.shape, rows=rows, slots=slots, dtype=self.dtype, device=self.device)
+        doubling = self.compiled is not None
+        return Cache(self.shape, rows=rows, slots=slots, dtype=self.dtype, device=self.device, doubling=doubling)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids (B, T) -> (B, T, D)."""

@@ -8,6 +8,8 @@ trainer and no process group. Sizes: L layers, B rows, T positions, D width.
 from __future__ import annotations
 
 import functools
+import itertools
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -28,7 +30,7 @@ class LayerDropout:
     ids, position embeddings; inside tuples too) loses theirs, the layer runs on the rest, and its output is put back
     among the untouched rows. Where all rows drop, one runs and counts with weight zero, so that every parameter keeps a
     gradient (FSDP and DDP wait for it). In evaluation, and where the rate is 0, a layer is called as if this did not
-    exist.
+    exist. Gradients of gradients cannot be taken.
 
     It replaces `layer.forward` on the instances: parameters, state dict keys and module hooks stay, and activation
     checkpointing recomputes inside, on the rows that were kept. A layer whose rate is above 0 never fills a cache: the
@@ -78,6 +80,7 @@ class LayerDropout:
         self._installed = False
         self._rates: tuple[float, ...] | None = None  # None: the step is not known yet
         self._step = self._micro_step = 0
+        self._drawn: dict[tuple[int, torch.device], list[_Leaving | None]] = {}  # by rows and device
         self._counted: set[int] = set()
         self._seen, self._dropped = [0] * len(self._layers), [0] * len(self._layers)
 
@@ -141,6 +144,7 @@ class LayerDropout:
         )
         self._step, self._micro_step = step, micro_step
         self._counted.clear()
+        self._drawn.clear()
 
     def observed(self) -> tuple[tuple[int, int], ...]:
         """(rows seen, rows dropped) of every layer since this was last called; all zeros where p_max is 0."""
@@ -164,43 +168,81 @@ class LayerDropout:
                 "each forward pass in training"
             )
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        dropped = self._draw(index, hidden)
+        leaving = self._draw(index, hidden)
         if not self._rates[index]:
             return forward(*args, **kwargs)
-        rows = hidden.shape[0]
-        chosen, taken, rest = None, hidden, hidden
-        if dropped:
-            kept = sorted(set(range(rows)) - set(dropped))
-            # non_blocking: the host need not wait for the device. Where all rows drop, row 0 runs.
-            chosen = torch.tensor(kept or [0]).to(hidden.device, non_blocking=True)
-            taken, rest = _take_out(hidden, chosen, dropped)
-        take = functools.partial(_take, layer=index, rows=rows, chosen=chosen)
+        taken, rest = (hidden, hidden) if leaving is None else _take_out(hidden, leaving)
+        chosen = None if leaving is None else leaving.chosen
+        take = functools.partial(_take, layer=index, rows=hidden.shape[0], chosen=chosen)
         output = forward(
             *(taken if value is hidden else take(value, f"argument {place}") for place, value in enumerate(args)),
             **{name: taken if value is hidden else take(value, name) for name, value in kwargs.items()},
         )
-        if chosen is None:
+        if leaving is None:
             return output
         if isinstance(output, tuple):
-            return (_put_back(rest, output[0], chosen, dropped), *output[1:])
-        return _put_back(rest, output, chosen, dropped)
+            return (_put_back(rest, output[0], leaving), *output[1:])
+        return _put_back(rest, output, leaving)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _draw(self, index: int, hidden: Tensor) -> list[int]:
+    def _draw(self, index: int, hidden: Tensor) -> _Leaving | None:
         """The rows that leave this layer; counted once for each `begin`, however often a layer is recomputed."""
         if hidden.dim() != 3:
             raise RequestError(
                 f"layer {index} got hidden states of {hidden.dim()} dimensions; use (rows, positions, width)"
             )
-        assert self._rates is not None
-        rate, rows = self._rates[index], hidden.shape[0]
-        key = {"seed": self.seed, "step": self._step, "micro_step": self._micro_step, "layer": index, "rank": self.rank}
-        dropped = dropped_rows(rate, rows, **key) if rate else []
+        rows, key = hidden.shape[0], (hidden.shape[0], hidden.device)
+        if key not in self._drawn:
+            self._drawn[key] = self._draw_all(rows, hidden.device)
+        leaving = self._drawn[key][index]
         if index not in self._counted:
             self._counted.add(index)
             self._seen[index] += rows
-            self._dropped[index] += len(dropped)
-        return dropped
+            self._dropped[index] += 0 if leaving is None else len(leaving.dropped)
+        return leaving
+
+    def _draw_all(self, rows: int, device: torch.device) -> list[_Leaving | None]:
+        """Of every layer, in one go: amid a layer's products the same lines take seven times as long."""
+        assert self._rates is not None
+        key = {"seed": self.seed, "step": self._step, "micro_step": self._micro_step, "rank": self.rank}
+        drawn = (dropped_rows(rate, rows, **key, layer=index) if rate else [] for index, rate in enumerate(self._rates))
+        return [_Leaving.of(dropped, rows, device) if dropped else None for dropped in drawn]
+
+
+@dataclass(frozen=True)
+class _Leaving:
+    """Which rows leave a layer, and which it computes: all others, or row 0 where none is left.
+
+    Args:
+        dropped: rows that leave, in order.
+        chosen: rows that are computed, in order.
+        runs: what the batch consists of: whether of computed rows, and from which to which of them or of all.
+    """
+
+    dropped: list[int]
+    chosen: Tensor
+    runs: list[tuple[bool, int, int]]
+
+    @classmethod
+    def of(cls, dropped: list[int], rows: int, device: torch.device) -> _Leaving:
+        kept = sorted(set(range(rows)) - set(dropped))
+        runs, place = [], 0  # of the kept ones
+        for gone, run in itertools.groupby(range(rows), key=set(dropped).__contains__):
+            these = list(run)
+            first = these[0] if gone else place
+            runs.append((not gone, first, first + len(these)))
+            place += 0 if gone else len(these)
+        # non_blocking: the host need not wait for the device
+        return cls(dropped, torch.tensor(kept or [0]).to(device, non_blocking=True), runs)
+
+    @property
+    def none_counts(self) -> bool:
+        """Whether all rows leave, and row 0 is computed for the sake of its gradients."""
+        return not any(ours for ours, _, _ in self.runs)
+
+    def together(self, kept: Tensor, rest: Tensor) -> Tensor:
+        """The dropped rows of `rest` (B, T, D), and between them those of `kept` in order."""
+        return torch.cat([(kept if ours else rest)[first:last] for ours, first, last in self.runs])
 
 
 def _take(value: Any, name: str, *, layer: int, rows: int, chosen: Tensor | None) -> Any:
@@ -240,20 +282,20 @@ def _take(value: Any, name: str, *, layer: int, rows: int, chosen: Tensor | None
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _take_out(hidden: Tensor, chosen: Tensor, dropped: list[int]) -> tuple[Tensor, Tensor]:
+def _take_out(hidden: Tensor, leaving: _Leaving) -> tuple[Tensor, Tensor]:
     """The chosen rows of `hidden` (B, T, D), and `hidden` itself to put them back into."""
-    taken, rest = _TakeOut.apply(hidden, chosen, dropped)  # type: ignore[no-untyped-call]
+    taken, rest = _TakeOut.apply(hidden, leaving)  # type: ignore[no-untyped-call]
     return taken, rest
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _put_back(rest: Tensor, output: Tensor, chosen: Tensor, dropped: list[int]) -> Tensor:
+def _put_back(rest: Tensor, output: Tensor, leaving: _Leaving) -> Tensor:
     """`rest` (B, T, D) with the rows that are not dropped replaced by `output` (n, T, D), in the dtype the layer gives.
 
     Where all rows are dropped, `output` (row 0) does not count: it gets a gradient of exact zeros, and no value of it,
     infinite or NaN, reaches the result.
     """
-    together: Tensor = _PutBack.apply(rest.to(output.dtype), output, chosen, dropped)  # type: ignore[no-untyped-call]
+    together: Tensor = _PutBack.apply(rest.to(output.dtype), output, leaving)  # type: ignore[no-untyped-call]
     return together
 
 
@@ -265,36 +307,29 @@ class _TakeOut(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, chosen: Tensor, dropped: list[int]) -> tuple[Tensor, Tensor]:
-        ctx.dropped = dropped
-        return hidden.index_select(0, chosen), hidden.view_as(hidden)
+    def forward(ctx: Any, hidden: Tensor, leaving: _Leaving) -> tuple[Tensor, Tensor]:
+        ctx.leaving = leaving
+        return hidden.index_select(0, leaving.chosen), hidden.view_as(hidden)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, taken: Tensor, rest: Tensor) -> tuple[Tensor, None, None]:
-        return _together(taken, rest, ctx.dropped), None, None  # the gradient of rest's other rows is of no use
+    def backward(ctx: Any, taken: Tensor, rest: Tensor) -> tuple[Tensor, None]:
+        return ctx.leaving.together(taken, rest), None  # the gradient of rest's other rows is of no use
 
 
 class _PutBack(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rest: Tensor, output: Tensor, chosen: Tensor, dropped: list[int]) -> Tensor:
-        ctx.save_for_backward(chosen)
-        ctx.none_counts = len(dropped) == len(rest)
-        return _together(output, rest, dropped)
+    def forward(ctx: Any, rest: Tensor, output: Tensor, leaving: _Leaving) -> Tensor:
+        ctx.leaving = leaving
+        return leaving.together(output, rest)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, whole: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        (chosen,) = ctx.saved_tensors
+    def backward(ctx: Any, whole: Tensor) -> tuple[Tensor, Tensor, None]:
+        leaving = ctx.leaving
         # `rest` gets all of it: `_TakeOut` looks at the dropped rows alone
-        return whole, torch.zeros_like(whole[:1]) if ctx.none_counts else whole.index_select(0, chosen), None, None
-
-
-def _together(kept: Tensor, rest: Tensor, dropped: list[int]) -> Tensor:
-    """The dropped rows of `rest` (B, T, D), and between them those of `kept` in order."""
-    pieces, begin = [], 0
-    for place, row in enumerate(dropped):
-        end = row - place  # so many kept rows lie before it
-        pieces += [kept[begin:end], rest[row : row + 1]]
-        begin = end
-    return torch.cat([*pieces, kept[begin : len(rest) - len(dropped)]])
+        return (
+            whole,
+            torch.zeros_like(whole[:1]) if leaving.none_counts else whole.index_select(0, leaving.chosen),
+            None,
+        )
