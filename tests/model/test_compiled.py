@@ -78,6 +78,20 @@ def test_graphs_compute_what_the_layers_do(folder: Path) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == known
 
 
+def test_the_longest_draft_is_compiled_and_a_cache_doubles(folder: Path) -> None:
+    """As many slots as a graph reads: a limit of 150 is of one size with 192 slots and with 320."""
+    plain, compiled = decoders(folder)
+    assert compiled.compiled is not None
+    ids = torch.randint(0, 61, (1, 33), generator=torch.Generator().manual_seed(1))
+    for count, graphs in ((33, 0), (17, 2)):  # a prompt; a draft of 16 tokens, through two spans
+        with torch.inference_mode():
+            hidden, at = compiled.embed(ids[:, :count]), torch.arange(count)[None]
+            cache = compiled.cache(rows=1, slots=64)
+            compiled.run(compiled.run(hidden, at, cache, 0, 1), at, cache, 1, None)
+        assert compiled.compiled.graphs == graphs
+    assert [decoder.cache(rows=1, slots=192).slots for decoder in (plain, compiled)] == [192, 256]
+
+
 def test_a_tree_sees_its_branch_only(folder: Path) -> None:
     at, slots = torch.tensor([[8, 9, 9, 10, 10]]), torch.arange(8, 13)[None]
     mask = torch.zeros(1, 5, 13, dtype=torch.bool)

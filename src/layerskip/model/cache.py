@@ -61,9 +61,7 @@ class Cache:
         Raises:
             CapacityError: the memory is not there; the cache is left as it was.
         """
-        rows, slots = max(rows, self.rows), max(slots, self.slots)
-        if self.doubling:
-            slots = 1 << (slots - 1).bit_length()
+        rows, slots = max(rows, self.rows), self._whole(max(slots, self.slots))
         if (rows, slots) == (self.rows, self.slots):
             return
         self.check_memory(rows=rows, slots=slots)
@@ -163,9 +161,13 @@ class Cache:
             return torch.arange(*rows.indices(self.rows), device=self.device)
         return rows
 
+    def _whole(self, slots: int) -> int:
+        """So many slots, or as many as there have to be."""
+        return 1 << (slots - 1).bit_length() if self.doubling else slots
+
     def check_memory(self, *, rows: int, slots: int) -> None:
         """Raises CapacityError where so much could not be held, even if nothing else were."""
-        free = free_bytes(self.device)
+        free, slots = free_bytes(self.device), self._whole(slots)
         if free is None:
             return
         if self.rows:  # what is held becomes part of the bigger cache
